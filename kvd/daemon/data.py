@@ -1,0 +1,85 @@
+"""kvd.data: the hot requests, over a ZeroMQ ROUTER read straight from the event loop.
+
+Not zmq.asyncio: reading the socket's own descriptor costs half as much per message. That descriptor is
+edge-triggered, so `_drain` reads until the socket is empty, and looks again after every send.
+What an unknown peer sends is ignored; what a known one sends wrongly costs it its session.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from kvd import wire
+from kvd.errors import PeerError
+
+log = logging.getLogger("kvd.data")
+
+_AT_ONCE = 64  # messages before the loop gets a turn
+_QUEUE = 16  # a worker has a handful of requests out; what it queues beyond that is its own problem
+
+Answer = Callable[[bytes, wire.FromWorker], wire.ToWorker | None]
+
+
+class DataSocket:
+    """Binds, answers, closes. `answer(ticket, request)` returns the reply; PeerError drops the session."""
+
+    def __init__(self, path: Path, mode: int, answer: Answer, drop: Callable[[bytes, str], None]) -> None:
+        self._answer = answer
+        self._drop = drop
+        self.dropped = 0  # messages that nobody registered for
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES),
+            (zmq.HANDSHAKE_IVL, 2000),
+            (zmq.RCVHWM, _QUEUE),
+            (zmq.SNDHWM, 4 * _QUEUE),
+        ):
+            self._socket.setsockopt(option, value)
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._socket.bind(f"ipc://{path}")
+        path.chmod(mode)
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._drain)
+        self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        if self._socket.closed:
+            return
+        for _ in range(_AT_ONCE):
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(parts)
+        self._loop.call_soon(self._drain)
+
+    def _handle(self, parts: list[bytes]) -> None:
+        ticket = parts[0][: wire.TICKET_BYTES]
+        try:
+            if len(parts) != 2:
+                raise PeerError(f"{len(parts) - 1} frames")
+            reply = self._answer(ticket, wire.decode_from_worker(parts[1]))
+        except (PeerError, msgspec.DecodeError) as error:
+            self.dropped += 1
+            self._drop(ticket, str(error))
+            return
+        if reply is not None:
+            with contextlib.suppress(zmq.ZMQError):  # it hung up, or does not read: its deadline will tell it
+                self._socket.send_multipart((parts[0], wire.encode(reply)), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._socket.close()
+            self._context.term()
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,428 @@
+"""The node: what happens to pages. Composes residency, leases, the arena and the index; no sockets, no clock.
+
+Each method is one request: it changes memory that the node owns and returns the reply. A page becomes visible
+only when every shard of it is committed, and leaves the index before its slots are reused.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvd import wire
+from kvd.daemon.leases import Leases, Reservation
+from kvd.daemon.residency import NO_PARENT, Group, Residency
+from kvd.daemon.sessions import Session, Sessions
+from kvd.errors import PeerError, Refused
+from kvd.index import IndexWriter
+from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
+from kvd.storage.arena import Arena, Header, slot_bytes_for, slots_per_extent
+
+MAX_TTL_S = 60.0
+PARTIAL_TTL_S = 60.0
+MAX_SHARDS = 1024
+MAX_NAMESPACES = 256  # of one session
+EVICT_AT_ONCE = 32
+
+
+@dataclass(slots=True)
+class Partial:
+    """A page of which some shards are committed: not visible yet."""
+
+    namespace: bytes
+    key: bytes
+    parent: bytes
+    slots: dict[int, int]
+    shards: int
+    length: int
+    born: float
+
+
+class Node:
+    """The RAM tier's decisions. `counters` are what `kvdctl status` shows."""
+
+    def __init__(self, arena: Arena, index: IndexWriter, sessions: Sessions) -> None:
+        self.arena = arena
+        self.index = index
+        self.sessions = sessions
+        self.residency = Residency()
+        self.leases = Leases()
+        self.counters: Counter[str] = Counter()
+        self.warm_pages = 0
+        self.labels: dict[bytes, wire.NamespaceSpec] = {}
+        self._partials: dict[bytes, Partial] = {}
+        self._writing: set[tuple[bytes, int]] = set()  # namespace + key, shard
+
+    # -- registration --------------------------------------------------------------------------------------
+
+    def join(self, session: Session, specs: list[wire.NamespaceSpec]) -> list[int]:
+        """Ids of the namespaces, in order. Raises PeerError or Refused."""
+        ids: list[int] = []
+        for spec in specs:
+            self._validate(spec)
+            if spec not in session.namespaces:
+                if len(session.namespaces) >= MAX_NAMESPACES:
+                    raise PeerError(f"{session} joins more than {MAX_NAMESPACES} namespaces")
+                session.namespaces.append(spec)
+            self.labels[spec.digest] = spec
+            ids.append(session.namespaces.index(spec))
+        return ids
+
+    def _validate(self, spec: wire.NamespaceSpec) -> None:
+        if len(spec.digest) != NAMESPACE_BYTES or not 0 <= spec.shard < spec.shards <= MAX_SHARDS:
+            raise PeerError("malformed namespace")
+        if spec.page_bytes <= 0 or spec.page_tokens <= 0 or len(spec.label) > 256 or len(spec.pool) > 64:
+            raise PeerError("malformed namespace")
+        if slots_per_extent(self.arena.extent_bytes, slot_bytes_for(spec.page_bytes)) == 0:
+            raise Refused(
+                f"a page of {spec.page_bytes} bytes does not fit an extent of {self.arena.extent_bytes}",
+                "set arena.extent_bytes to at least twice the page, or use a smaller --page-size",
+            )
+
+    @staticmethod
+    def _spec(session: Session, ns: int) -> wire.NamespaceSpec:
+        if not 0 <= ns < len(session.namespaces):
+            raise PeerError(f"namespace {ns} was not joined")
+        return session.namespaces[ns]
+
+    @staticmethod
+    def _keys(joined: bytes) -> list[bytes]:
+        if len(joined) % KEY_BYTES or not joined or len(joined) > wire.MAX_KEYS * KEY_BYTES:
+            raise PeerError(f"{len(joined)} bytes are not 1..{wire.MAX_KEYS} page keys")
+        return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+
+    @staticmethod
+    def _ttl(ttl_s: float) -> float:
+        if not 0 < ttl_s <= MAX_TTL_S:
+            raise PeerError(f"a lease of {ttl_s} s: allowed is up to {MAX_TTL_S:.0f}")
+        return ttl_s
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def lookup(self, session: Session, request: wire.Lookup, now: float) -> wire.Found:
+        """How many leading pages are resident; they are leased for `ttl_s`."""
+        spec = self._spec(session, request.ns)
+        found: list[Group] = []
+        for key in self._keys(request.keys):
+            group = self.residency.get(spec.digest, key)
+            if group is None:
+                break
+            found.append(group)
+        if found:
+            self.leases.grant(session.id, tuple(found), now, self._ttl(request.ttl_s))
+        return wire.Found(request.request, len(found))
+
+    def lease(self, session: Session, request: wire.LeasePages, now: float) -> wire.Leased:
+        """Places to read; a row of length 0 for each page that is absent or damaged."""
+        spec = self._spec(session, request.ns)
+        ttl_s = self._ttl(request.ttl_s)
+        rows: list[bytes] = []
+        groups: list[Group] = []
+        for key in self._keys(request.keys):
+            group = self.residency.get(spec.digest, key)
+            slot = group.slots[spec.shard] if group is not None and spec.shard < len(group.slots) else None
+            if group is None or slot is None:
+                rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
+                continue
+            header = self.arena.header(slot)
+            if not self._matches(group, slot, header):
+                self.quarantine(group, "header")
+                rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
+                continue
+            self.residency.touch(group, now)
+            groups.append(group)
+            rows.append(
+                wire.LEASED_ROW.pack(self.arena.offset(slot), header.generation, header.length, header.checksum)
+            )
+        self.counters["ram_hits"] += len(groups)
+        self.counters["ram_misses"] += len(rows) - len(groups)
+        lease = self.leases.grant(session.id, tuple(groups), now, ttl_s).id if groups else 0
+        return wire.Leased(request.request, lease, b"".join(rows))
+
+    def _matches(self, group: Group, slot: int, header: Header) -> bool:
+        return (
+            header.key == group.key
+            and header.namespace == group.namespace
+            and header.length == group.length
+            and self.arena.intact(slot)
+        )
+
+    def release(self, session: Session, lease_id: int, bad: list[int]) -> None:
+        """End a lease. Pages a reader found damaged are quarantined, unless someone else has begun to use them."""
+        lease = self.leases.release(lease_id, session.id)
+        if lease is None:
+            self.counters["late_releases"] += 1
+            return
+        for position in bad:
+            if 0 <= position < len(lease.groups):
+                self.quarantine(lease.groups[position], "payload")
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def reserve(self, session: Session, request: wire.ReservePages, now: float) -> wire.Reserved:
+        """Places for what is new; pages that are held, or being written by someone else, are skipped."""
+        spec = self._spec(session, request.ns)
+        ttl_s = self._ttl(request.ttl_s)
+        keys = self._keys(request.keys)
+        if len(request.parent) not in (0, KEY_BYTES):
+            raise PeerError("a parent key has 32 bytes")
+        parent = request.parent or NO_PARENT
+        size_class = slot_bytes_for(spec.page_bytes)
+        rows: list[bytes] = []
+        writes: list[tuple[int, int, bytes, bytes]] = []
+        full = False
+        for key in keys:
+            verdict, slot = wire.WRITE, None
+            if self._skip(spec, key, now):
+                verdict = wire.HELD
+            elif not full:
+                slot = self._take(size_class, now, len(keys) - len(rows))
+                full = slot is None
+            if slot is None:
+                rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
+                self.counters["writes_dropped"] += verdict == wire.WRITE
+            else:
+                generation = self.arena.generation(slot)
+                self._writing.add((spec.digest + key, spec.shard))
+                writes.append((slot, generation, key, parent))
+                rows.append(wire.RESERVED_ROW.pack(self.arena.offset(slot), generation, wire.WRITE))
+            parent = key if request.chained else NO_PARENT
+        reservation = 0
+        if writes:
+            reservation = self.leases.reserve(
+                session.id, spec.digest, spec.shard, spec.shards, spec.page_bytes, tuple(writes), now, ttl_s
+            ).id
+        return wire.Reserved(request.request, reservation, b"".join(rows))
+
+    def _skip(self, spec: wire.NamespaceSpec, key: bytes, now: float) -> bool:
+        name = spec.digest + key
+        group = self.residency.get(spec.digest, key)
+        if group is not None:
+            self.residency.touch(group, now)
+            return True
+        partial = self._partials.get(name)
+        return (partial is not None and spec.shard in partial.slots) or (name, spec.shard) in self._writing
+
+    def commit(self, session: Session, request: wire.CommitPages, now: float) -> wire.Committed:
+        """Close a reservation: committed pages become visible once all their shards are, the rest is given up."""
+        reservation = self.leases.close(request.reservation, session.id)
+        if reservation is None:
+            self.counters["late_commits"] += 1
+            return wire.Committed(request.request, 0)
+        if len(request.rows) % wire.COMMIT_ROW.size:
+            self.take_back([reservation])
+            raise PeerError("malformed commit")
+        done = {offset: (gen, checksum) for offset, gen, checksum in wire.COMMIT_ROW.iter_unpack(request.rows)}
+        pages = 0
+        for slot, generation, key, parent in reservation.writes:
+            self._writing.discard((reservation.namespace + key, reservation.shard))
+            gen, checksum = done.get(self.arena.offset(slot), (0, b""))
+            if gen != generation or self.residency.get(reservation.namespace, key) is not None:
+                self.arena.give(slot)
+                continue
+            self.arena.seal(
+                slot, reservation.length, reservation.shard, reservation.shards, reservation.namespace,
+                key, parent, checksum,
+            )  # fmt: skip
+            self._add_shard(reservation, slot, key, parent, now)
+            pages += 1
+        self.counters["pages_written"] += pages
+        return wire.Committed(request.request, pages)
+
+    def _add_shard(self, reservation: Reservation, slot: int, key: bytes, parent: bytes, now: float) -> None:
+        namespace, shards, length = reservation.namespace, reservation.shards, reservation.length
+        if shards == 1:
+            self._admit(namespace, key, parent, (slot,), length, now)
+            return
+        name = namespace + key
+        partial = self._partials.get(name)
+        if partial is None:
+            partial = self._partials[name] = Partial(namespace, key, parent, {}, shards, length, now)
+        if partial.shards != shards or partial.length != length or reservation.shard in partial.slots:
+            self.arena.give(slot)  # ranks disagree: the namespace should have kept them apart
+            self.counters["shard_conflicts"] += 1
+            return
+        partial.slots[reservation.shard] = slot
+        if len(partial.slots) == shards:
+            del self._partials[name]
+            slots = tuple(partial.slots[shard] for shard in range(shards))
+            self._admit(namespace, key, partial.parent, slots, length, now)
+
+    def _admit(
+        self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float
+    ) -> None:
+        size_class = self.arena.slot_bytes(slots[0])
+        group = self.residency.admit(namespace, key, parent, slots, length, size_class, now)
+        if not self.index.publish(namespace, key, group.place, group.depth):
+            self._evict(size_class, EVICT_AT_ONCE, now)
+            if not self.index.publish(namespace, key, group.place, group.depth):
+                self.counters["index_full"] += 1
+
+    # -- room ----------------------------------------------------------------------------------------------
+
+    def _take(self, size_class: int, now: float, want: int) -> int | None:
+        slot = self.arena.take(size_class)
+        if slot is None and self._make_room(size_class, now, want):
+            slot = self.arena.take(size_class)
+        return slot
+
+    def _make_room(self, size_class: int, now: float, want: int) -> bool:
+        """Evict from the class, or take an extent from a class whose oldest page is idle for twice as long."""
+        own = self.residency.oldest_use(size_class)
+        others = [
+            (oldest, other)
+            for other in self.residency.size_classes()
+            if other != size_class and (oldest := self.residency.oldest_use(other)) is not None
+        ]
+        if self._take_idle_extent(size_class):
+            return True
+        if others:
+            oldest, other = min(others)
+            if (own is None or now - oldest > 2 * (now - own)) and self._take_extent(other, now):
+                return True
+        return self._evict(size_class, min(max(want, 1), EVICT_AT_ONCE), now) > 0
+
+    def _take_idle_extent(self, size_class: int) -> bool:
+        extent = self.arena.idle_extent(size_class)
+        if extent is None:
+            return False
+        self.arena.release_extent(extent)
+        return True
+
+    def _take_extent(self, size_class: int, now: float) -> bool:
+        """Empty the extent of a class that holds its next candidate; False when something in it is in use."""
+        first = self.residency.candidate(size_class)
+        if first is None:
+            return False
+        extent = self.arena.extent_of(first.slots[0])
+        inside = [g for g in self.residency if any(self.arena.extent_of(s) == extent for s in g.slots)]
+        if sum(len(g.slots) for g in inside) != self.arena.in_use(extent):
+            return False  # reservations or partial pages live there too
+        victims = self.residency.with_descendants(inside)
+        if any(g.held for g in victims):
+            return False
+        for group in victims:
+            group.leaving = True
+        self._remove_unheld(victims, now)
+        if self.arena.in_use(extent):
+            return False
+        self.arena.release_extent(extent)
+        return True
+
+    def _evict(self, size_class: int, want: int, now: float) -> int:
+        return self._remove_unheld(self.residency.victims(size_class, want), now)
+
+    def _remove_unheld(self, victims: list[Group], now: float) -> int:
+        """Withdraw, then look at the lease tables, then remove: the order kvd.leasetable relies on."""
+        for group in victims:
+            self.index.withdraw(group.namespace, group.key)
+        held = self.sessions.held_places(now) if victims else set()
+        removed = 0
+        for group in victims:
+            if group.place in held or group.children:
+                self.residency.spare(group)
+                self.index.publish(group.namespace, group.key, group.place, group.depth)
+                continue
+            self._forget(group)
+            removed += 1
+            for sibling in self._siblings(group):
+                self.index.withdraw(sibling.namespace, sibling.key)
+                self._forget(sibling)
+        self.counters["ram_evicted"] += removed
+        return removed
+
+    def _siblings(self, group: Group) -> Iterable[Group]:
+        """Idle pages of the same model's side pools that are of no use without this one."""
+        spec = self.labels.get(group.namespace)
+        if spec is None or spec.pool != "kv" or not spec.family:
+            return ()
+        families = [d for d, s in self.labels.items() if s.family == spec.family and d != spec.digest]
+        found = (self.residency.get(digest, group.key) for digest in families)
+        return [g for g in found if g is not None and not g.held and not g.children]
+
+    def _forget(self, group: Group, quarantined: bool = False) -> None:
+        self.residency.remove(group)
+        for slot in group.slots:
+            self.arena.give(slot, quarantined=quarantined)
+
+    def quarantine(self, group: Group, part: str) -> None:
+        """A page is not what was stored: never serve it again, keep its descendants as chains of their own."""
+        if self.residency.by_place(group.place) is not group:
+            return
+        self.counters[f"corrupt_{part}"] += 1
+        self.index.withdraw(group.namespace, group.key)
+        for other in self.residency.disown(group):
+            self.index.withdraw(other.namespace, other.key)
+            self.index.publish(other.namespace, other.key, other.place, other.depth)
+        self._forget(group, quarantined=True)
+
+    # -- time and death ------------------------------------------------------------------------------------
+
+    def take_back(self, reservations: list[Reservation]) -> None:
+        """Free the slots of reservations that ended without a commit."""
+        for reservation in reservations:
+            for slot, _, key, _ in reservation.writes:
+                self._writing.discard((reservation.namespace + key, reservation.shard))
+                self.arena.give(slot)
+
+    def bury(self, session: Session) -> None:
+        """The session's connection is gone: free all it held."""
+        self.take_back(self.leases.bury(session.id))
+        self.sessions.remove(session)
+
+    def tick(self, now: float) -> None:
+        """Expire what is overdue."""
+        overdue = self.leases.expire(now)
+        self.counters["reservations_expired"] += len(overdue)
+        self.take_back(overdue)
+        for name, partial in [(n, p) for n, p in self._partials.items() if p.born + PARTIAL_TTL_S <= now]:
+            del self._partials[name]
+            self.counters["partial_pages_expired"] += 1
+            for slot in partial.slots.values():
+                self.arena.give(slot)
+
+    # -- the arena of a previous daemon --------------------------------------------------------------------
+
+    def recover(self, found: Iterable[tuple[int, Header]], now: float) -> None:
+        """Admit every whole page among the sealed slots, parents before children; free the rest."""
+        shards: dict[bytes, dict[int, tuple[int, Header]]] = {}
+        spare: list[int] = []
+        for slot, header in found:
+            mine = shards.setdefault(header.namespace + header.key, {})
+            if header.shard in mine or not 0 <= header.shard < header.shards:
+                spare.append(slot)
+            else:
+                mine[header.shard] = (slot, header)
+        whole: dict[bytes, list[tuple[int, Header]]] = {}
+        for name, parts in shards.items():
+            ordered = [parts[shard] for shard in sorted(parts)]
+            alike = {(h.shards, h.length, h.parent) for _, h in ordered} == {
+                (len(ordered), ordered[0][1].length, ordered[0][1].parent)
+            }
+            if alike:
+                whole[name] = ordered
+            else:
+                spare += [slot for slot, _ in ordered]
+        for start in list(whole):
+            chain: dict[bytes, None] = {}  # ordered, and a header that lies about its parent may make a ring
+            name = start
+            while name in whole and name not in chain:
+                chain[name] = None
+                name = name[:NAMESPACE_BYTES] + whole[name][0][1].parent
+            for link in reversed(chain):
+                parts_here = whole.pop(link)
+                header = parts_here[0][1]
+                slots = tuple(slot for slot, _ in parts_here)
+                self._admit(header.namespace, header.key, header.parent, slots, header.length, now)
+        for slot in spare:
+            self.arena.give(slot)
+        self.warm_pages = len(self.residency)
+
+    def faults(self) -> list[str]:
+        """Broken invariants of everything the node owns, in words."""
+        owned = {slot for group in self.residency for slot in group.slots}
+        owned |= {slot for partial in self._partials.values() for slot in partial.slots.values()}
+        owned |= self.leases.reserved_slots()
+        found = self.residency.faults() + self.leases.faults() + self.arena.faults(owned)
+        if len(self.index) != len(self.residency):
+            found.append(f"index holds {len(self.index)} pages, {len(self.residency)} are resident")
+        return found

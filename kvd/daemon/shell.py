@@ -1,0 +1,188 @@
+"""The shell: turns messages into calls on the node, with the time, and tells members what came of it.
+
+All node work happens on the event loop's thread; the only other thread faults memory in at start.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+
+from kvd import __version__, wire
+from kvd.daemon import status, systemd
+from kvd.daemon.data import DataSocket
+from kvd.daemon.members import Member, Members, listen
+from kvd.daemon.node import Node
+from kvd.daemon.room import Room
+from kvd.daemon.sessions import Session
+from kvd.errors import PeerError, Refused, VersionSkew
+from kvd.leasetable import LeaseTableReader
+from kvd.places import DATA_SOCKET, SOCKET
+from kvd.settings import DaemonSettings
+from kvd.storage import memory
+
+log = logging.getLogger("kvd")
+
+TICK_S = 0.25
+SCAN_TTL_S = 30.0
+MAX_SCAN = 256
+
+
+class Shell:
+    """Owns the sockets. `close` may be called twice."""
+
+    def __init__(self, settings: DaemonSettings, room: Room) -> None:
+        self._settings = settings
+        self._room = room
+        self._node: Node = room.node
+        self._next_session = 1
+        self._started = time.monotonic()
+        self.prefaulted = 0
+        self.closing = False
+        path = settings.run_dir / SOCKET
+        listener = listen(path, settings.socket_mode)
+        self._members = Members(listener, settings.max_sessions, self._answer, self._gone)
+        self._data = DataSocket(settings.run_dir / DATA_SOCKET, settings.socket_mode, self._answer_worker, self._drop)
+        self._by_ticket: dict[bytes, Member] = {}
+
+    # -- kvd.sock ------------------------------------------------------------------------------------------
+
+    def _answer(self, member: Member, message: wire.ToDaemon, fds: list[int]) -> None:
+        session = member.session
+        if isinstance(message, wire.Hello):
+            if session is not None:
+                raise PeerError("a second Hello")
+            self._welcome(member, message, fds)
+            return
+        if not isinstance(session, Session):
+            raise PeerError("spoke before Hello")
+        match message:
+            case wire.Ping(n):
+                member.send(wire.Pong(n))
+            case wire.Join(namespaces):
+                member.send(wire.Joined(self._node.join(session, namespaces)))
+            case wire.Report(circuit, counters):
+                if len(counters) > 256 or len(circuit) > 64:
+                    raise PeerError("an oversized report")
+                session.circuit, session.counters = circuit, counters
+            case wire.GetStatus():
+                member.send(self.status())
+            case wire.GetPrefixes(limit):
+                member.send(status.prefixes(self._node, limit, time.monotonic()))
+            case wire.Scan(cursor, limit):
+                member.send(self._scan(session, cursor, limit))
+            case wire.EndScan(lease, bad):
+                self._node.release(session, lease, bad)
+            case wire.Check():
+                member.send(wire.Checked(self._node.faults(), len(self._node.residency)))
+
+    def _welcome(self, member: Member, hello: wire.Hello, fds: list[int]) -> None:
+        if hello.protocol != wire.PROTOCOL:
+            member.send(
+                wire.Refusal(
+                    f"this kvd ({__version__}) speaks protocol {wire.PROTOCOL}, you speak {hello.protocol}",
+                    "install the same kvd version on both sides",
+                )
+            )
+            raise VersionSkew(f"protocol {hello.protocol}")
+        if len(hello.label) > 256 or (hello.role == "worker") != (len(fds) == 1):
+            raise PeerError("a worker sends one descriptor, a tool none, a label is up to 256 characters")
+        table = LeaseTableReader(fds.pop()) if fds else None
+        session = Session(
+            self._next_session, secrets.token_bytes(wire.TICKET_BYTES), member.pid, hello.role, hello.label,
+            time.monotonic(), table,
+        )  # fmt: skip
+        self._next_session += 1
+        member.session = session
+        self._node.sessions.add(session)
+        self._by_ticket[session.ticket] = member
+        welcome = wire.Welcome(
+            wire.PROTOCOL, self._room.epoch, session.id, session.ticket,
+            f"ipc://{self._settings.run_dir / DATA_SOCKET}", len(self._room.memory.view), self._room.index_bytes,
+            __version__,
+        )  # fmt: skip
+        member.send(welcome, (self._room.memory.fd, self._room.index_fd))
+        if hello.role == "worker":
+            log.info("attached %r", session)
+
+    def _gone(self, member: Member) -> None:
+        session = member.session
+        if isinstance(session, Session):
+            self._by_ticket.pop(session.ticket, None)
+            self._node.bury(session)
+            if session.role == "worker":
+                log.info("detached %r", session)
+
+    def _scan(self, session: Session, cursor: int, limit: int) -> wire.Scanned:
+        if cursor < 0 or not 1 <= limit <= MAX_SCAN:
+            raise PeerError("malformed scan")
+        return status.scan(self._node, session, cursor, limit, time.monotonic(), SCAN_TTL_S)
+
+    # -- kvd.data ------------------------------------------------------------------------------------------
+
+    def _answer_worker(self, ticket: bytes, request: wire.FromWorker) -> wire.ToWorker | None:
+        session = self._node.sessions.by_ticket(ticket)
+        if session is None:
+            raise PeerError("no such session")
+        now = time.monotonic()
+        try:
+            match request:
+                case wire.LeasePages():
+                    return self._node.lease(session, request, now)
+                case wire.ReservePages():
+                    return self._node.reserve(session, request, now)
+                case wire.CommitPages():
+                    return self._node.commit(session, request, now)
+                case wire.ReleaseLease(lease, bad):
+                    self._node.release(session, lease, bad)
+                    return None
+                case wire.Lookup():
+                    return self._node.lookup(session, request, now)
+        except Refused as refused:
+            return wire.Refusal(refused.message, refused.hint, getattr(request, "request", 0))
+
+    def _drop(self, ticket: bytes, why: str) -> None:
+        member = self._by_ticket.get(ticket)
+        if member is not None:
+            log.warning("dropped %r: %s", member.session, why)
+            member.close()
+
+    # -- jobs ----------------------------------------------------------------------------------------------
+
+    async def tick(self) -> None:
+        """Expire leases, and tell the service manager that the loop turns."""
+        interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
+        while True:
+            self._node.tick(time.monotonic())
+            if interval_s is not None:
+                systemd.notify("WATCHDOG=1")
+            await asyncio.sleep(min(TICK_S, interval_s or TICK_S))
+
+    async def prefault(self) -> None:
+        """Fault all memory in, so that no page's first write pays for it."""
+        if not self._settings.arena.prefault:
+            return
+        started = time.monotonic()
+
+        def goes_on(done: int) -> bool:
+            self.prefaulted = done
+            return not self.closing
+
+        self.prefaulted = await asyncio.to_thread(
+            memory.populate, self._room.memory.map, self._settings.arena.extent_bytes, True, goes_on
+        )
+        if self.prefaulted:
+            log.info("faulted in %d MiB in %.1f s", self.prefaulted >> 20, time.monotonic() - started)
+
+    def status(self) -> wire.Status:
+        return status.status(
+            self._node, self._settings, self._room, time.monotonic(), self._started, self.prefaulted,
+            self._data.dropped,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.closing = True
+        self._members.close()
+        self._data.close()
+        (self._settings.run_dir / SOCKET).unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""What operators see: status, prefixes held, scans for `kvdctl verify`. Reads the node; changes only leases."""
+
+import os
+import resource
+from collections.abc import Iterable
+
+import psutil
+
+from kvd import __version__, wire
+from kvd.daemon import telemetry
+from kvd.daemon.node import Node
+from kvd.daemon.residency import Group
+from kvd.daemon.room import Room
+from kvd.daemon.sessions import Session
+from kvd.places import SOCKET
+from kvd.settings import DaemonSettings
+
+
+def status(
+    node: Node,
+    settings: DaemonSettings,
+    room: Room,
+    now: float,
+    started: float,
+    prefaulted: int,
+    strangers: int,
+) -> wire.Status:
+    """The daemon at a glance."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    counters = dict(node.counters)
+    counters["messages_from_strangers"] = strangers
+    tier = wire.TierStatus(
+        "ram",
+        node.arena.extents * node.arena.extent_bytes,
+        node.arena.used_bytes,
+        len(node.residency),
+        counters.get("ram_hits", 0),
+        counters.get("ram_misses", 0),
+        counters.get("ram_evicted", 0),
+        node.arena.free_extents,
+        node.arena.extents,
+        prefaulted,
+    )
+    return wire.Status(
+        version=__version__,
+        epoch=room.epoch,
+        pid=os.getpid(),
+        uptime_s=now - started,
+        socket=str(settings.run_dir / SOCKET),
+        arena=f"{room.memory.name}, {'parked with systemd' if room.parked else 'kept by name'}",
+        warm_pages=node.warm_pages,
+        tiers=[tier],
+        workers=[_worker(node, s, now) for s in node.sessions.all() if s.role == "worker"],
+        counters=counters,
+        rss_bytes=psutil.Process().memory_info().rss,
+        memlock_bytes=-1 if soft == resource.RLIM_INFINITY else soft,
+        gpus=telemetry.gpus(),
+        warnings=_warnings(settings, soft),
+    )
+
+
+def _warnings(settings: DaemonSettings, memlock: int) -> list[str]:
+    found: list[str] = []
+    if settings.arena.lock and memlock not in (-1, resource.RLIM_INFINITY) and memlock < settings.arena.size_bytes:
+        found.append("memlock limit is below arena.size_bytes")
+    return found
+
+
+def _worker(node: Node, session: Session, now: float) -> wire.WorkerStatus:
+    leases, reservations = node.leases.counts(session.id)
+    if session.table is not None:
+        leases += len(session.table.live(now))
+    shards = sorted({f"{spec.shard + 1}/{spec.shards}" for spec in session.namespaces})
+    return wire.WorkerStatus(
+        session.id, session.pid, session.label, now - session.since, [s.pool for s in session.namespaces],
+        " ".join(shards), session.circuit, leases, reservations, session.counters,
+    )  # fmt: skip
+
+
+def prefixes(node: Node, limit: int, now: float) -> wire.Prefixes:
+    """The chains held, most recently used first."""
+    tips = node.residency.tips()
+    held = node.sessions.held_places(now)
+    return wire.Prefixes(
+        [_prefix(node, group, now, group.place in held) for group in tips[: max(0, limit)]], len(tips)
+    )
+
+
+def _prefix(node: Node, group: Group, now: float, leased: bool) -> wire.Prefix:
+    spec = node.labels.get(group.namespace)
+    pages = group.depth + 1
+    return wire.Prefix(
+        namespace=group.namespace.hex(),
+        label=f"{spec.label} {spec.pool}" if spec else "(no worker of this model since the restart)",
+        key=group.key.hex(),
+        pages=pages,
+        tokens=pages * spec.page_tokens if spec else 0,
+        bytes=pages * group.length * len(group.slots),
+        idle_s=now - group.last_use,
+        leased=leased or group.leases > 0,
+    )
+
+
+def scan(node: Node, session: Session, cursor: int, limit: int, now: float, ttl_s: float) -> wire.Scanned:
+    """Lease the next groups by id, one row per shard; a row's position maps to its group in `kvdctl verify`."""
+    groups: list[Group] = []
+    at = cursor
+    while at <= node.residency.last_id and len(groups) < limit:
+        group = node.residency.by_id(at)
+        if group is not None:
+            groups.append(group)
+        at += 1
+    rows = list(_rows(node, groups))
+    leased = tuple(group for group, _ in rows)
+    lease = node.leases.grant(session.id, leased, now, ttl_s).id if leased else 0
+    return wire.Scanned(lease, at if at <= node.residency.last_id else -1, b"".join(row for _, row in rows))
+
+
+def _rows(node: Node, groups: list[Group]) -> Iterable[tuple[Group, bytes]]:
+    for group in groups:
+        for slot in group.slots:
+            header = node.arena.header(slot)
+            place = (node.arena.offset(slot), header.generation, header.length, header.checksum)
+            yield group, wire.SCANNED_ROW.pack(*place, group.namespace, group.key)

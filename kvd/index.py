@@ -1,0 +1,204 @@
+"""The lookup index: one shared-memory hash table that the daemon writes and every worker reads without a message.
+
+Little-endian, native 64-bit words:
+
+    header (64 bytes)  [magic u64][version u64][epoch u64][entries u64][moves u64][0 u64 x 3]
+    entry  (32 bytes)  [name_hi u64][name_lo u64][place u64][depth u64]
+
+`name` is (page key XOR namespace), first 16 bytes. name_hi 0 is an entry never used, 1 one that was withdrawn.
+`place` is the page group's (id << 32 | generation): what a lease names. `depth` counts the ancestors that are
+certain to be resident together with this page: eviction is leaf first, so they outlive it.
+
+One writer. name_hi is stored last on publish and cleared first on withdraw, each one aligned 8-byte store, and a
+reader looks at it again after reading the rest. A reader may therefore miss a page that is just coming or
+moving; it never takes one page for another (16 bytes of SHA-256; and `get` compares all 32).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+MAGIC: Final = int.from_bytes(b"KVDINDEX", "little")
+VERSION: Final = 1
+HEADER_WORDS: Final = 8
+ENTRY_WORDS: Final = 4
+WITHDRAWN: Final = 1
+_MAX_PROBES: Final = 128
+_WORD: Final = (1 << 64) - 1
+
+
+def index_bytes(entries: int) -> int:
+    """Size of an index with this many entries (a power of two)."""
+    return 8 * (HEADER_WORDS + ENTRY_WORDS * entries)
+
+
+def entries_for(groups: int) -> int:
+    """A power of two that keeps the table at most half full with `groups` pages."""
+    return max(1024, 1 << (2 * groups - 1).bit_length())
+
+
+class Match(NamedTuple):
+    """`pages` leading pages are resident; holding the groups in `tips` holds them all."""
+
+    pages: int
+    tips: tuple[int, ...]
+
+
+class Name(NamedTuple):
+    """A namespace as the index mixes it into keys."""
+
+    hi: int
+    lo: int
+
+    @classmethod
+    def of(cls, namespace: bytes) -> "Name":
+        return cls(int.from_bytes(namespace[:8], "big"), int.from_bytes(namespace[8:16], "big"))
+
+
+class IndexReader:
+    """Read side. Raises ValueError where the memory is not an index of this version."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._words = memory.cast("Q")
+        if self._words[0] != MAGIC or self._words[1] != VERSION:
+            raise ValueError("not a kvd index of version 1")
+        self._mask = self._words[3] - 1
+        if index_bytes(self._mask + 1) > len(memory) or self._mask & (self._mask + 1):
+            raise ValueError("kvd index is cut short")
+
+    @property
+    def epoch(self) -> int:
+        return self._words[2]
+
+    def find(self, hi: int, lo: int) -> tuple[int, int] | None:
+        """(place, depth) of a name, or None."""
+        words, mask = self._words, self._mask
+        slot = hi & mask
+        if hi <= WITHDRAWN:
+            hi += 2
+        for _ in range(_MAX_PROBES):
+            at = HEADER_WORDS + ENTRY_WORDS * slot
+            seen = words[at]
+            if seen == hi and words[at + 1] == lo:
+                place, depth = words[at + 2], words[at + 3]
+                if words[at] == hi:
+                    return place, depth
+            if seen == 0:
+                return None
+            slot = (slot + 1) & mask
+        return None
+
+    def leading(self, name: Name, keys: Sequence[str]) -> Match:
+        """How many leading pages of a chain (hex keys) are resident, in O(runs x log pages) probes.
+
+        A probe that hits proves its `depth` ancestors too; what it does not reach is probed on its own, so a
+        hole left by an out-of-order arrival is found, never assumed away.
+        """
+
+        def probe(position: int) -> tuple[int, int] | None:
+            key = keys[position]
+            return self.find(int(key[:16], 16) ^ name.hi, int(key[16:32], 16) ^ name.lo)
+
+        return leading_run(len(keys), probe)
+
+    def present(self, name: Name, key: str) -> int | None:
+        """The place of one page, or None."""
+        found = self.find(int(key[:16], 16) ^ name.hi, int(key[16:32], 16) ^ name.lo)
+        return None if found is None else found[0]
+
+
+def leading_run(count: int, probe: Callable[[int], tuple[int, int] | None]) -> Match:
+    """Longest proven prefix of a chain: gallop, then bisect. `probe(i)` is (place, proven ancestors) or None."""
+    proven = 0
+    tips: list[int] = []
+    absent = count
+    step = 1
+    at = min(count, 1) - 1
+    while proven < absent:
+        at = min(max(at, proven), absent - 1)
+        run = _prove(at, proven, probe)
+        if isinstance(run, int):
+            absent = run
+            step = 0
+        else:
+            tips = [*(tips if run[1] else []), *run[0]]
+            proven = at + 1
+            step *= 2
+        at = proven + step - 1 if step else (proven + absent) // 2
+        if at >= absent:
+            at = absent - 1
+    return Match(proven, tuple(tips))
+
+
+def _prove(at: int, proven: int, probe: Callable[[int], tuple[int, int] | None]) -> tuple[list[int], bool] | int:
+    """Tips that together hold [proven, at], and whether the older tips are still needed; or the first hole seen."""
+    tips: list[int] = []
+    while at >= proven:
+        found = probe(at)
+        if found is None:
+            return at
+        place, depth = found
+        tips.append(place)
+        at -= depth + 1
+    return tips, at >= 0
+
+
+class IndexWriter:
+    """Write side, the daemon's alone. `publish` returns False when the table is too full to take more."""
+
+    def __init__(self, memory: memoryview, entries: int, epoch: int) -> None:
+        assert entries & (entries - 1) == 0, "a power of two"
+        assert index_bytes(entries) <= len(memory), "index size"
+        self._words = memory.cast("Q")
+        self._mask = entries - 1
+        self._at: dict[bytes, int] = {}
+        self._limit = entries * 3 // 4
+        self._withdrawn = 0
+        for word, value in enumerate((MAGIC, VERSION, epoch, entries)):
+            self._words[word] = value
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def publish(self, namespace: bytes, key: bytes, place: int, depth: int) -> bool:
+        """Make a page visible. Not known to readers before this returns, known after."""
+        if len(self._at) >= self._limit:
+            return False
+        hi = int.from_bytes(key[:8], "big") ^ int.from_bytes(namespace[:8], "big")
+        lo = int.from_bytes(key[8:16], "big") ^ int.from_bytes(namespace[8:16], "big")
+        words, mask = self._words, self._mask
+        slot = hi & mask
+        if hi <= WITHDRAWN:
+            hi += 2
+        for _ in range(_MAX_PROBES):
+            at = HEADER_WORDS + ENTRY_WORDS * slot
+            if words[at] <= WITHDRAWN:
+                self._withdrawn -= words[at] == WITHDRAWN
+                words[at + 1] = lo
+                words[at + 2] = place
+                words[at + 3] = depth
+                words[at] = hi
+                self._at[namespace + key] = at
+                return True
+            slot = (slot + 1) & mask
+        return False
+
+    def withdraw(self, namespace: bytes, key: bytes) -> None:
+        """Take a page out of sight; a no-op when it is not there."""
+        at = self._at.pop(namespace + key, None)
+        if at is None:
+            return
+        words = self._words
+        words[at] = WITHDRAWN
+        self._withdrawn += 1
+        self._clear_tail(at)
+
+    def _clear_tail(self, at: int) -> None:
+        # A withdrawn entry right before a never-used one ends no probe chain: it can be never-used again.
+        words, mask = self._words, self._mask
+        slot = (at - HEADER_WORDS) // ENTRY_WORDS
+        if words[HEADER_WORDS + ENTRY_WORDS * ((slot + 1) & mask)] != 0:
+            return
+        while words[HEADER_WORDS + ENTRY_WORDS * slot] == WITHDRAWN:
+            words[HEADER_WORDS + ENTRY_WORDS * slot] = 0
+            self._withdrawn -= 1
+            slot = (slot - 1) & mask

@@ -1,0 +1,76 @@
+"""`kvd`: the node daemon, from start to goodbye.
+
+    kvd [--config FILE] [--print-config]
+
+Exit status: 0 after a clean stop, 78 when a setting is wrong (systemd does not retry), 1 otherwise.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from kvd import __version__
+from kvd.daemon import systemd
+from kvd.daemon.room import open_room
+from kvd.daemon.shell import Shell
+from kvd.errors import KvdError, SettingsError
+from kvd.settings import DaemonSettings, load_daemon_settings
+
+log = logging.getLogger("kvd")
+EX_CONFIG = 78
+
+
+async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
+    """Run until SIGTERM or SIGINT. A job that fails ends the process."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with open_room(settings, inherited) as room:
+        shell = Shell(settings, room)
+        try:
+            async with asyncio.TaskGroup() as group:
+                jobs = [group.create_task(job(), name=job.__name__) for job in (shell.tick, shell.prefault)]
+                log.info("kvd %s ready in %s, arena %s", __version__, settings.run_dir, room.memory.name)
+                systemd.notify(f"READY=1\nSTATUS={len(room.node.residency)} pages warm")
+                await stop.wait()
+                systemd.notify("STOPPING=1")
+                shell.close()
+                for job in jobs:
+                    job.cancel()
+        finally:
+            shell.close()
+
+
+def cli() -> None:
+    """The console script."""
+    parser = argparse.ArgumentParser(prog="kvd", description="Keeps the KV cache of SGLang workers on this node.")
+    parser.add_argument("--config", type=Path, help="TOML file (default: /etc/kvd/kvd.toml if it exists)")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in effect as JSON, and exit")
+    parser.add_argument("--version", action="version", version=f"kvd {__version__}")
+    arguments = parser.parse_args()
+    try:
+        inherited = systemd.listened_fds(os.environ, os.getpid())
+        settings = load_daemon_settings(arguments.config, os.environ)
+        if arguments.print_config:
+            print(settings.model_dump_json(indent=2))
+            return
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            stream=sys.stderr,
+            format="%(levelname).1s %(name)s: %(message)s",
+        )
+        asyncio.run(serve(settings, inherited))
+    except SettingsError as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        sys.exit(EX_CONFIG)
+    except KvdError as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,114 @@
+"""What an operator can set. One frozen class per program; unknown keys are refused; nothing is corrected silently.
+
+The daemon reads, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/kvd.toml if it is there), the
+environment (`KVD_ARENA__SIZE_BYTES=...`). Read once, in `main`. The plugin has no file: its settings are the keys
+of SGLang's --hicache-storage-backend-extra-config, see kvd.sidecar.config.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kvd.errors import SettingsError
+from kvd.places import run_dir
+
+DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+MIB = 1 << 20
+
+
+class ArenaSettings(BaseModel):
+    """The RAM tier."""
+
+    model_config = _STRICT
+
+    size_bytes: int = Field(2048 * MIB, description="memory kvd keeps pages in; taken for good at start")
+    extent_bytes: int = Field(64 * MIB, description="unit handed to one page size; at least twice the largest page")
+    path: Path | None = Field(None, description="where the memory lives without systemd; a file on tmpfs")
+    keep_on_stop: bool = Field(False, description="keep the file after a clean stop too (it always survives a crash)")
+    prefault: bool = Field(True, description="touch all memory at start; off: the first write of a page is 8x slower")
+    lock: bool = Field(False, description="mlock the memory; needs a memlock limit above size_bytes")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ArenaSettings":
+        if self.extent_bytes % 4096 or not MIB <= self.extent_bytes < 1 << 32:
+            raise ValueError("extent_bytes must be a multiple of 4096, at least 1 MiB and below 4 GiB")
+        if self.size_bytes < self.extent_bytes:
+            raise ValueError("size_bytes must hold at least one extent")
+        return self
+
+    @property
+    def extents(self) -> int:
+        return self.size_bytes // self.extent_bytes
+
+
+class DaemonSettings(BaseSettings):
+    """Settings of `kvd`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="KVD_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    run_dir: Path = Field(
+        default_factory=lambda: run_dir(os.environ, os.getuid()), description="folder of the sockets"
+    )
+    arena: ArenaSettings = ArenaSettings()
+    socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
+    max_sessions: int = Field(256, ge=1, le=4096, description="worker ranks and tools connected at once")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
+
+
+def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> DaemonSettings:
+    """Read the file and the environment. Raises SettingsError naming the key and the remedy."""
+    values: dict[str, Any] = {}
+    if file is None and DEFAULT_FILE.exists():
+        file = DEFAULT_FILE
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise SettingsError(f"cannot read {file}: {error.strerror}", "check the path given to --config") from error
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{file} is not TOML: {error}", "fix that line") from error
+    known = _known_variables()
+    for name in environ:
+        if name.startswith("KVD_") and name not in known:
+            raise SettingsError(f"unknown environment variable {name}", f"known are {', '.join(sorted(known))}")
+    for name in known & environ.keys():
+        _drop(values, name.removeprefix("KVD_").lower().split("__"))  # the environment wins over the file
+    try:
+        return DaemonSettings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        source = f"{file} or the environment" if file else "the environment"
+        raise SettingsError(f"{where}: {first['msg']}", f"correct it in {source}") from error
+
+
+def _known_variables() -> set[str]:
+    names: set[str] = set()
+    for name, field in DaemonSettings.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names |= {f"KVD_{name}__{key}".upper() for key in inner.model_fields}
+        else:
+            names.add(f"KVD_{name}".upper())
+    return names
+
+
+def _drop(values: dict[str, Any], path: list[str]) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values.pop(path[-1], None)

@@ -1,0 +1,301 @@
+"""Every message between kvd and its peers. Messages say where bytes are, never the bytes.
+
+Two sockets, one union each way:
+
+* `kvd.sock`, a unix stream: registration (with descriptors), liveness, reports, operators.
+  A frame is a 4-byte little-endian length and that many bytes of msgpack.
+* `kvd.data`, ZeroMQ DEALER -> ROUTER: the hot requests. A DEALER's routing id is the 16-byte ticket of its
+  session followed by a channel number, so a message needs no credentials of its own.
+
+Page keys travel joined (32 bytes each), and places as packed rows: decoding 128 of either is one call.
+New fields come last and have a default; a field is never retyped; unknown fields are ignored.
+"""
+
+import struct
+from typing import Final, Literal
+
+import msgspec
+
+PROTOCOL: Final = 1
+MAX_FRAME_BYTES: Final = 1 << 20  # from a peer; 8,192 keys are 256 KiB
+MAX_REPLY_BYTES: Final = 64 << 20  # to an operator: `ls` of a large arena
+MAX_KEYS: Final = 8192
+TICKET_BYTES: Final = 16
+FRAME: Final = struct.Struct("<I")
+
+RESERVED_ROW: Final = struct.Struct("<QII")  # arena offset, generation, verdict
+COMMIT_ROW: Final = struct.Struct("<QI16s")  # arena offset, generation, checksum
+LEASED_ROW: Final = struct.Struct("<QII16s")  # arena offset, generation, length (0: absent), checksum
+SCANNED_ROW: Final = struct.Struct("<QII16s16s32s")  # a leased row, namespace, key
+
+WRITE, HELD, NO_ROOM = 0, 1, 2  # verdicts of RESERVED_ROW: only WRITE carries a place
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="t"):
+    """Base of all messages."""
+
+
+# -- kvd.sock: to the daemon -------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """First frame of a connection. A worker sends its lease table's descriptor along with it."""
+
+    protocol: int
+    role: Literal["worker", "tool"]
+    label: str
+
+
+class NamespaceSpec(Message, tag="ns", frozen=True):
+    """One pool of one rank: what it stores and which shard of each page it holds."""
+
+    digest: bytes
+    page_bytes: int
+    page_tokens: int
+    shard: int
+    shards: int
+    pool: str
+    label: str
+    family: bytes = b""  # equal for pools of one model whose pages belong together
+
+
+class Join(Message, tag="join", frozen=True):
+    """Announce namespaces; the reply's ids are valid for this connection only."""
+
+    namespaces: list[NamespaceSpec]
+
+
+class Ping(Message, tag="ping", frozen=True):
+    n: int
+
+
+class Report(Message, tag="report", frozen=True):
+    """What the plugin saw since it started: counters only grow. Not answered."""
+
+    circuit: str
+    counters: dict[str, int]
+
+
+class GetStatus(Message, tag="get_status", frozen=True):
+    pass
+
+
+class GetPrefixes(Message, tag="get_prefixes", frozen=True):
+    limit: int = 100
+
+
+class Scan(Message, tag="scan", frozen=True):
+    """Lease up to `limit` pages for reading, from group id `cursor` on: how `kvdctl verify` walks the arena."""
+
+    cursor: int
+    limit: int
+
+
+class EndScan(Message, tag="end_scan", frozen=True):
+    """Give a scan's lease back; `bad` are the rows whose bytes did not match their checksum."""
+
+    lease: int
+    bad: list[int] = []
+
+
+class Check(Message, tag="check", frozen=True):
+    """Check the daemon's own invariants now."""
+
+
+ToDaemon = Hello | Join | Ping | Report | GetStatus | GetPrefixes | Scan | EndScan | Check
+
+
+# -- kvd.sock: from the daemon -----------------------------------------------------------------------------
+
+
+class Welcome(Message, tag="welcome", frozen=True):
+    """Carries two descriptors: the arena and the index."""
+
+    protocol: int
+    epoch: int
+    session: int
+    ticket: bytes
+    data_endpoint: str
+    arena_bytes: int
+    index_bytes: int
+    version: str
+
+
+class Joined(Message, tag="joined", frozen=True):
+    ids: list[int]
+
+
+class Pong(Message, tag="pong", frozen=True):
+    n: int
+
+
+class Refusal(Message, tag="refusal", frozen=True):
+    """The request was understood and refused."""
+
+    reason: str
+    hint: str = ""
+    request: int = 0
+
+
+class TierStatus(Message, tag="tier", frozen=True):
+    name: str
+    bytes_total: int
+    bytes_used: int
+    pages: int
+    hits: int
+    misses: int
+    evicted: int
+    free_extents: int
+    extents: int
+    prefaulted_bytes: int
+
+
+class WorkerStatus(Message, tag="worker", frozen=True):
+    session: int
+    pid: int
+    label: str
+    attached_s: float
+    pools: list[str]
+    shard: str
+    circuit: str
+    leases: int
+    reservations: int
+    counters: dict[str, int]
+
+
+class Status(Message, tag="status", frozen=True):
+    version: str
+    epoch: int
+    pid: int
+    uptime_s: float
+    socket: str
+    arena: str
+    warm_pages: int
+    tiers: list[TierStatus]
+    workers: list[WorkerStatus]
+    counters: dict[str, int]
+    rss_bytes: int
+    memlock_bytes: int  # -1: unlimited
+    gpus: list[str]
+    warnings: list[str]
+
+
+class Prefix(Message, tag="prefix", frozen=True):
+    """A chain's deepest page and what it stands for."""
+
+    namespace: str
+    label: str
+    key: str
+    pages: int
+    tokens: int
+    bytes: int
+    idle_s: float
+    leased: bool
+
+
+class Prefixes(Message, tag="prefixes", frozen=True):
+    prefixes: list[Prefix]
+    total: int
+
+
+class Scanned(Message, tag="scanned", frozen=True):
+    """`next` is the cursor to go on from, or -1 at the end."""
+
+    lease: int
+    next: int
+    rows: bytes
+
+
+class Checked(Message, tag="checked", frozen=True):
+    faults: list[str]
+    pages: int
+
+
+FromDaemon = Welcome | Joined | Pong | Refusal | Status | Prefixes | Scanned | Checked
+
+
+# -- kvd.data ----------------------------------------------------------------------------------------------
+
+
+class Lookup(Message, tag="lookup", frozen=True):
+    """How many leading keys are held? The fallback of the shared-memory index."""
+
+    request: int
+    ns: int
+    keys: bytes
+    ttl_s: float
+
+
+class LeasePages(Message, tag="lease", frozen=True):
+    request: int
+    ns: int
+    keys: bytes
+    ttl_s: float
+
+
+class ReleaseLease(Message, tag="release", frozen=True):
+    """Not answered. `bad` are indices of rows whose bytes did not match their checksum."""
+
+    lease: int
+    bad: list[int] = []
+
+
+class ReservePages(Message, tag="reserve", frozen=True):
+    """Ask for places to write `keys`, a chain whose first key's parent is `parent` (empty: not known)."""
+
+    request: int
+    ns: int
+    keys: bytes
+    ttl_s: float
+    parent: bytes = b""
+    chained: bool = True
+
+
+class CommitPages(Message, tag="commit", frozen=True):
+    """Close a reservation: pages in `rows` are whole, the others are given up."""
+
+    request: int
+    reservation: int
+    rows: bytes
+
+
+FromWorker = Lookup | LeasePages | ReleaseLease | ReservePages | CommitPages
+
+
+class Found(Message, tag="found", frozen=True):
+    request: int
+    pages: int
+
+
+class Leased(Message, tag="leased", frozen=True):
+    """`lease` is 0 when no page was present."""
+
+    request: int
+    lease: int
+    rows: bytes
+
+
+class Reserved(Message, tag="reserved", frozen=True):
+    request: int
+    reservation: int
+    rows: bytes
+
+
+class Committed(Message, tag="committed", frozen=True):
+    request: int
+    pages: int
+
+
+ToWorker = Found | Leased | Reserved | Committed | Refusal
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_daemon = msgspec.msgpack.Decoder(ToDaemon).decode
+decode_from_daemon = msgspec.msgpack.Decoder(FromDaemon).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+def frame(message: Message) -> bytes:
+    """A message as it goes over kvd.sock."""
+    body = encode(message)
+    return FRAME.pack(len(body)) + body

@@ -1,0 +1,1 @@
+"""Where pages lie: one module per tier. Imports the core (`kvd.*`), never the daemon."""
