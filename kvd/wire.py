@@ -126,7 +126,10 @@ class Joined(Message, tag="joined", frozen=True):
 
 
 class Pong(Message, tag="pong", frozen=True):
+    """`faulted_bytes` of the arena exist by now: a worker may map them without being charged for them."""
+
     n: int
+    faulted_bytes: int = 0
 
 
 class Refusal(Message, tag="refusal", frozen=True):

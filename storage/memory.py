@@ -19,7 +19,6 @@ MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 MADV_DONTDUMP = 16
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _libc = ctypes.CDLL(None, use_errno=True)  # a CDLL call releases the GIL, mmap.madvise does not
-_libc.madvise.argtypes = _libc.mlock.argtypes = None
 
 
 @dataclass(slots=True)

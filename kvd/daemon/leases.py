@@ -7,7 +7,6 @@ Always true: every lease and reservation has a living owner, and its end is repo
 """
 
 from dataclasses import dataclass, field
-from itertools import count
 
 from kvd.daemon.residency import Group
 
@@ -40,10 +39,14 @@ class Leases:
 
     _leases: dict[int, Lease] = field(default_factory=dict)
     _reservations: dict[int, Reservation] = field(default_factory=dict)
-    _ids: count[int] = field(default_factory=lambda: count(1))
+    _last_id: int = 0
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
 
     def grant(self, owner: int, groups: tuple[Group, ...], now: float, ttl_s: float) -> Lease:
-        lease = Lease(next(self._ids), owner, groups, now + ttl_s)
+        lease = Lease(self._new_id(), owner, groups, now + ttl_s)
         self._leases[lease.id] = lease
         for group in groups:
             group.leases += 1
@@ -63,7 +66,7 @@ class Leases:
         self, owner: int, namespace: bytes, shard: int, shards: int, length: int,
         writes: tuple[tuple[int, int, bytes, bytes], ...], now: float, ttl_s: float,
     ) -> Reservation:  # fmt: skip
-        made = Reservation(next(self._ids), owner, namespace, shard, shards, length, now + ttl_s, writes)
+        made = Reservation(self._new_id(), owner, namespace, shard, shards, length, now + ttl_s, writes)
         self._reservations[made.id] = made
         return made
 

@@ -59,7 +59,7 @@ class Shell:
             raise PeerError("spoke before Hello")
         match message:
             case wire.Ping(n):
-                member.send(wire.Pong(n))
+                member.send(wire.Pong(n, self.prefaulted))
             case wire.Join(namespaces):
                 member.send(wire.Joined(self._node.join(session, namespaces)))
             case wire.Report(circuit, counters):

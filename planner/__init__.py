@@ -1,0 +1,1 @@
+"""The planner's room. Nothing lives here yet; ARCHITECTURE.md says what will."""

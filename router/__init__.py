@@ -1,0 +1,1 @@
+"""The router's room. Nothing lives here yet; ARCHITECTURE.md says what will."""

@@ -1,0 +1,96 @@
+"""What the SGLang around us offers and says about itself, found by probing; no release numbers are compared.
+
+Everything is optional: this module imports without SGLang, and with releases as old as 0.5.3.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvd.errors import Unsupported
+from kvd.sidecar.weights import fingerprint
+
+
+def probe(*places: str) -> Any:
+    """The first of these "module:name" that exists, or None."""
+    for place in places:
+        module, name = place.split(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except Exception:  # an old module may fail to import in any way: then this place has it not
+            continue
+    return None
+
+
+class _NoStorage:
+    """Stands in for HiCacheStorage where SGLang is not installed."""
+
+
+StorageBase: type = probe("sglang.srt.mem_cache.hicache_storage:HiCacheStorage") or _NoStorage
+PoolTransferResult: Callable[..., Any] | None = probe("sglang.srt.mem_cache.hicache_storage:PoolTransferResult")
+
+
+def new_metrics() -> Any:
+    """An empty StorageMetrics, or None where the release has none."""
+    kind = probe(
+        "sglang.srt.observability.metrics_collector:StorageMetrics", "sglang.srt.metrics.collector:StorageMetrics"
+    )
+    return None if kind is None else kind()
+
+
+def server_args() -> Any:
+    """SGLang's launch arguments as this process has them, or None."""
+    for place in (
+        "sglang.srt.runtime_context:get_server_args",
+        "sglang.srt.server_args:get_global_server_args",
+        "sglang.srt.managers.schedule_batch:get_global_server_args",
+    ):
+        getter = probe(place)
+        try:
+            found = getter() if getter is not None else None
+        except Exception:  # retired accessors raise
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+_serving: Any = probe("sglang.srt.runtime_context:get_serving")
+
+
+def weight_version() -> str:
+    """SGLang's name for the weights in memory: it changes when an online update names a new one."""
+    try:
+        return str(_serving().weight_version) if _serving is not None else ""
+    except Exception:  # not published in this process
+        return ""
+
+
+def weights_identity(model_path: str) -> str:
+    """Names the weights, and what the launch arguments make of them. Raises Unsupported when that is not certain."""
+    arguments = server_args()
+    path = model_path or str(getattr(arguments, "model_path", "") or "")
+    if not path:
+        raise Unsupported("cannot tell which weights this worker runs", 'set "model_path" or "weights_id" under "kvd"')
+    digest = hashlib.sha256(fingerprint(_folder(path, getattr(arguments, "revision", None))).encode())
+    shaping = ("quantization", "json_model_override_args", "load_format", "model_loader_extra_config", "model_impl")
+    digest.update(json.dumps([str(getattr(arguments, name, None)) for name in shaping]).encode())
+    if str(getattr(arguments, "load_format", "")) == "dummy":
+        digest.update(os.urandom(16))  # weights made up at start: never the same as anybody's
+    return digest.hexdigest()
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        return Path(hub.snapshot_download(path, revision=revision, local_files_only=True))
+    except Exception as error:
+        raise Unsupported(
+            f"cannot find the weights of {path!r} on this machine", 'set "model_path" or "weights_id" under "kvd"'
+        ) from error

@@ -1,0 +1,91 @@
+"""From SGLang's configuration and pools to kvd's namespaces: which pages of which workers are the same thing.
+
+Read once per pool, when it is registered. Every attribute is optional, since older releases have fewer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvd import wire
+from kvd.errors import Unsupported
+from kvd.pages import Identity
+
+KV = "kv"
+_GEOMETRY = (
+    "head_num", "head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim", "kv_cache_dim", "index_head_dim",
+    "target_layer_num", "num_mamba_layers", "temporal_state_shape", "conv_state_shapes", "size_per_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Where this process stands among its worker's ranks."""
+
+    tp: tuple[int, int]  # rank, size
+    pp: tuple[int, int]
+    cp: tuple[int, int]
+    replicated: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "Rank":
+        """Raises Unsupported for arrangements whose pages kvd would mix up."""
+
+        def pair(name: str) -> tuple[int, int]:
+            rank, size = getattr(config, f"{name}_rank", 0), getattr(config, f"{name}_size", 1)
+            return int(rank or 0), int(size or 1)
+
+        if int(getattr(config, "dcp_size", 1) or 1) > 1:
+            raise Unsupported("decode context parallelism is on", "SGLang supports it with its own backends only")
+        return cls(pair("tp"), pair("pp"), pair("attn_cp"), bool(getattr(config, "is_mla_model", False)))
+
+    def shard(self, pool: str) -> tuple[int, int]:
+        """(index, count) of this rank's part of a page of `pool`: state-space states are split even under MLA."""
+        tp = (0, 1) if self.replicated and "mamba" not in pool else self.tp
+        return tp[0] * self.cp[1] + self.cp[0], tp[1] * self.cp[1]
+
+
+def namespace_spec(
+    pool_name: str, pool: Any, page_bytes: int, access: str, rank: Rank, weights: str, tenant: str, label: str
+) -> wire.NamespaceSpec:
+    """What kvd is told about one pool. `access` names the order of a page's bytes: "pieces" or "flat"."""
+    shard, shards = rank.shard(pool_name)
+    buffer = getattr(pool, "kv_buffer", None)
+    identity = Identity(
+        weights=weights,
+        pool=pool_name,
+        pool_class=type(pool).__name__,
+        layout=f"{getattr(pool, 'layout', '')}/{access}",
+        dtype=str(getattr(pool, "dtype", "")),
+        store_dtype=str(getattr(buffer, "dtype", "") if not isinstance(buffer, list | tuple) else buffer[0].dtype),
+        page_tokens=int(pool.page_size),
+        page_bytes=page_bytes,
+        layers=(_int(pool, "layer_num"), _int(pool, "start_layer"), _int(pool, "end_layer")),
+        geometry=tuple(number for name in _GEOMETRY for number in _numbers(getattr(pool, name, None))),
+        replicated=rank.replicated,
+        shards=shards,
+        pipeline=rank.pp,
+        tenant=tenant,
+    )
+    family = Identity(
+        weights, "", "", "", "", "", 0, 0, (0, 0, 0), (), rank.replicated, shards, rank.pp, tenant=tenant
+    )
+    return wire.NamespaceSpec(
+        identity.namespace(), page_bytes, max(1, int(pool.page_size)), shard, shards, pool_name, label,
+        family.namespace(),
+    )  # fmt: skip
+
+
+def _int(pool: Any, name: str) -> int:
+    value = getattr(pool, name, None)
+    return value if isinstance(value, int) else -1
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """A shape, a list of shapes or a number, as numbers; -1 where there is nothing."""
+    if isinstance(value, bool) or value is None:
+        return (-1,)
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return (len(value), *(number for item in value for number in _numbers(item)))
+    return (-1,)
