@@ -5,6 +5,7 @@ Everything is optional: this module imports without SGLang, and with releases as
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -59,6 +60,24 @@ def server_args() -> Any:
     return None
 
 
+def honours_interface_v1() -> bool:
+    """Does this release's controller know "interface_v1"? Without the controller at hand: yes."""
+    controller = probe("sglang.srt.managers.cache_controller:HiCacheController")
+    if controller is None:
+        return True
+    try:
+        return "interface_v1" in inspect.getsource(importlib.import_module(controller.__module__))
+    except (OSError, TypeError):
+        return True
+
+
+def keys_name_adapters() -> bool:
+    """Do this release's page keys differ between LoRA adapters and salts? (Seeded chains, sglang 0.5.23.)"""
+    if probe("sglang.srt.mem_cache.hicache_storage:HiCacheStorage") is None:
+        return True
+    return probe("sglang.srt.mem_cache.utils:storage_namespace_seed") is not None
+
+
 _serving: Any = probe("sglang.srt.runtime_context:get_serving")
 
 
@@ -73,6 +92,10 @@ def weight_version() -> str:
 def weights_identity(model_path: str) -> str:
     """Names the weights, and what the launch arguments make of them. Raises Unsupported when that is not certain."""
     arguments = server_args()
+    if getattr(arguments, "enable_lora", None) and not keys_name_adapters():
+        raise Unsupported(
+            "LoRA is on, and this SGLang's page keys do not tell adapters apart", "upgrade SGLang, or serve without LoRA"
+        )
     path = model_path or str(getattr(arguments, "model_path", "") or "")
     if not path:
         raise Unsupported("cannot tell which weights this worker runs", 'set "model_path" or "weights_id" under "kvd"')

@@ -14,12 +14,12 @@ import functools
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from kvd import wire
-from kvd.errors import KvdError, SettingsError, Unavailable, Unsupported
+from kvd.errors import KvdError, PeerError, SettingsError, Unavailable, Unsupported
 from kvd.sidecar import engine
 from kvd.sidecar.config import PluginConfig, read_config
 from kvd.sidecar.copier import Copier
@@ -32,6 +32,7 @@ from kvd.sidecar.shelf import Shelf
 log = logging.getLogger("kvd.plugin")
 
 F = TypeVar("F", bound=Callable[..., Any])
+_SPEEDS_KEPT = 1024  # between two reads of get_stats
 _BATCH_PAGES = 128  # messages and deadlines are sized for SGLang's own batches
 
 
@@ -43,7 +44,7 @@ def _never_raises(miss: Callable[..., Any]) -> Callable[[F], F]:
         def guarded(self: "KvdStorage", *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
-            except Unavailable as error:
+            except (Unavailable, PeerError) as error:
                 self._counters["miss_unavailable"] += 1
                 if self._session is not None:
                     self._session.trip(str(error))
@@ -78,6 +79,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def __init__(self, storage_config: Any = None, kwargs: Any = None, *_: Any, **__: Any) -> None:
         self._counters: Counter[str] = Counter()
         self._said: set[str] = set()
+        self._speeds = {name: deque[tuple[int, float]](maxlen=_SPEEDS_KEPT) for name in ("prefetch", "backup")}
         self._rank = Rank((0, 1), (0, 1), (0, 1), False)
         self._label = str(getattr(storage_config, "model_name", None) or "worker")[:200]
         self._pools: dict[str, Any] = {}
@@ -89,7 +91,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         self._session: Session | None = None
         self._copier: Copier | None = None
         extra = getattr(storage_config, "extra_config", None) or {}
-        self._pieces = bool(extra.get("interface_v1"))
+        self._pieces = bool(extra.get("interface_v1")) and engine.honours_interface_v1()
         refusal = ""
         self._config = PluginConfig()
         try:
@@ -113,7 +115,8 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def register_mem_pool_host(self, mem_pool_host: Any, *_: Any, **__: Any) -> None:
         """The KV pool; a pool without memory of its own anchors models whose data is in side pools."""
         self.mem_pool_host = mem_pool_host
-        self._register(KV, mem_pool_host)
+        anchor = getattr(mem_pool_host, "anchor_entry", None)  # 0.5.10 hands over the group of a hybrid model's pools
+        self._register(KV, mem_pool_host if anchor is None else anchor.host_pool)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any, *_: Any, **__: Any) -> None:
         self._register(_text(host_pool_name), host_pool)
@@ -156,10 +159,16 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         if getattr(pool, "kv_buffer", self) is None:
             return
         if (name, "pieces") not in self._shelves and hasattr(pool, "get_page_buffer_meta"):
-            view = self._views[name] = view_pool(pool)
+            view = view_pool(pool)
+            if name == KV and view.page_bytes != _declared_bytes(pool):
+                raise Unsupported(
+                    f"{type(pool).__name__} says a page has {_declared_bytes(pool)} bytes but shows {view.page_bytes}",
+                    "this SGLang cannot hand such a pool to a storage backend",
+                )
+            self._views[name] = view
             self._add_shelf(name, pool, view.page_bytes, "pieces")
         if name == KV and (name, "flat") not in self._shelves and not self._pieces:
-            self._add_shelf(name, pool, int(pool.size_per_token) * int(pool.page_size), "flat")
+            self._add_shelf(name, pool, _declared_bytes(pool), "flat")
 
     def _add_shelf(self, name: str, pool: Any, page_bytes: int, access: str) -> None:
         weights = f"{self._weights}:{self._weight_version}"
@@ -172,6 +181,14 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         if number == len(self._specs):
             self._specs.append(spec)
         self._shelves[name, access] = Shelf(self._session, number, spec, self._copier, self._config, self._counters)
+
+    def _flat(self) -> Shelf | None:
+        """The shelf of flat pages. A release that ignores "interface_v1" shows it by calling us this way."""
+        if self._pieces:
+            self._pieces = False
+            if self._session is not None:
+                self._session.wake()
+        return self._shelf(KV, "flat")
 
     def _shelf(self, name: str, access: str = "pieces") -> Shelf | None:
         if engine.weight_version() != self._weight_version:
@@ -247,7 +264,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
                 break
         got += [False] * (len(keys) - len(got))
         shelf.settle(keys[-1])
-        self._clock("get", sum(got) * shelf.spec.page_bytes, started)
+        self._clock("prefetch", sum(got), shelf.spec.page_bytes, started)
         return got
 
     def _put(self, name: str, keys: Sequence[str], host_indices: Any, parent: str, chained: bool) -> bool:
@@ -261,7 +278,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
             if not shelf.put(batch, view, pages[at : at + _BATCH_PAGES], parent, chained):
                 return False
             parent = batch[-1]
-        self._clock("set", len(keys) * shelf.spec.page_bytes, started)
+        self._clock("backup", len(keys), shelf.spec.page_bytes, started)
         return True
 
     # -- flat pages (without interface_v1, and releases that do not know it) -------------------------------
@@ -269,7 +286,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     @_never_raises(_all_none)
     def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None, *_: Any) -> list[Any]:
         """Fills the given tensors; None for each page that is absent."""
-        shelf = self._shelf(KV, "flat")
+        shelf = self._flat()
         if shelf is None or target_locations is None:
             return [None] * len(keys)
         got: list[bool] = []
@@ -284,7 +301,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None, *_: Any
     ) -> bool:
-        shelf = self._shelf(KV, "flat")
+        shelf = self._flat()
         if shelf is None or values is None:
             return False
         source, parent = FlatPages(list(values)), ""
@@ -336,11 +353,13 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def get_stats(self) -> Any:
         """A StorageMetrics with what happened since the last call, or None."""
         metrics = engine.new_metrics()
-        if metrics is None:
-            return None
-        for name in ("prefetch", "backup"):
-            if not all(isinstance(getattr(metrics, f"{name}_{what}", None), list) for what in ("pgs", "bandwidth")):
-                return None
+        if metrics is not None:
+            for name, seen in self._speeds.items():
+                pages, speeds = getattr(metrics, f"{name}_pgs"), getattr(metrics, f"{name}_bandwidth")
+                while seen:
+                    count, gb_per_s = seen.popleft()
+                    pages.append(count)
+                    speeds.append(gb_per_s)
         return metrics
 
     def stats(self) -> dict[str, int]:
@@ -354,14 +373,20 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         if self._copier is not None:
             self._copier.close()
 
-    def _clock(self, what: str, nbytes: int, started: float) -> None:
-        self._counters[f"{what}_us"] += int(1e6 * (time.perf_counter() - started))
-        self._counters[f"{what}_moved_bytes"] += nbytes
+    def _clock(self, what: str, pages: int, page_bytes: int, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self._counters[f"{what}_us"] += int(1e6 * seconds)
+        if pages:
+            self._speeds[what].append((pages, pages * page_bytes / seconds / 1e9))
 
     def _say_once(self, what: str) -> None:
         if what not in self._said and len(self._said) < 64:
             self._said.add(what)
             log.warning("kvd (pid %d): %s", os.getpid(), what)
+
+
+def _declared_bytes(pool: Any) -> int:
+    return int(pool.size_per_token) * int(pool.page_size)
 
 
 def _text(name: Any) -> str:

@@ -23,7 +23,7 @@ class Pool:
 def restorable(kv_pages: int, pools: Sequence[Pool]) -> tuple[dict[Any, int], list[int]]:
     """(deepest page per pool, every restorable length in pages, ascending)."""
     lengths = set(range(1, kv_pages + 1))
-    hits: dict[Any, int] = {"kv": kv_pages} if kv_pages else {}
+    hits: dict[Any, int] = {"kv": kv_pages}
     for pool in pools:
         if pool.policy == "all_pages":
             run = next((i for i, there in enumerate(pool.present) if not there), len(pool.present))
@@ -31,8 +31,8 @@ def restorable(kv_pages: int, pools: Sequence[Pool]) -> tuple[dict[Any, int], li
         elif pool.policy == "trailing_pages":
             own = {p for p in range(1, kv_pages + 1) if all(pool.present[max(0, p - pool.window) : p])}
         else:
+            hits[pool.name] = 0  # a pool left out would count as "all there"
             continue
-        if own:
-            hits[pool.name] = max(own)
+        hits[pool.name] = max(own, default=0)
         lengths &= own
     return hits, sorted(lengths)

@@ -50,13 +50,15 @@ def namespace_spec(
     """What kvd is told about one pool. `access` names the order of a page's bytes: "pieces" or "flat"."""
     shard, shards = rank.shard(pool_name)
     buffer = getattr(pool, "kv_buffer", None)
+    if isinstance(buffer, list | tuple):
+        buffer = buffer[0] if buffer else None
     identity = Identity(
         weights=weights,
         pool=pool_name,
         pool_class=type(pool).__name__,
         layout=f"{getattr(pool, 'layout', '')}/{access}",
         dtype=str(getattr(pool, "dtype", "")),
-        store_dtype=str(getattr(buffer, "dtype", "") if not isinstance(buffer, list | tuple) else buffer[0].dtype),
+        store_dtype=str(getattr(buffer, "dtype", "")),
         page_tokens=int(pool.page_size),
         page_bytes=page_bytes,
         layers=(_int(pool, "layer_num"), _int(pool, "start_layer"), _int(pool, "end_layer")),

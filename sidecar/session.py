@@ -31,7 +31,7 @@ STALLED_AFTER_S = 1.0
 CLOSE_TIMEOUT_S = 0.5
 REPORT_EVERY_S = 1.0
 _BACKOFF_S = (0.05, 1.0)  # first, longest
-_MAP_STEP = 64 << 20
+_MAP_STEP = 256 << 20
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ log = logging.getLogger("kvd")
 TICK_S = 0.25
 SCAN_TTL_S = 30.0
 MAX_SCAN = 256
+FAULT_STEP_BYTES = 4 << 20  # faulting holds up every other change of the process's mappings
 
 
 class Shell:
@@ -170,7 +171,7 @@ class Shell:
             return not self.closing
 
         self.prefaulted = await asyncio.to_thread(
-            memory.populate, self._room.memory.map, self._settings.arena.extent_bytes, True, goes_on
+            memory.populate, self._room.memory.map, FAULT_STEP_BYTES, True, goes_on
         )
         if self.prefaulted:
             log.info("faulted in %d MiB in %.1f s", self.prefaulted >> 20, time.monotonic() - started)

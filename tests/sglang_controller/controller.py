@@ -1,8 +1,9 @@
 """The controllers, by release: `Controller055`, `Controller0510`, `Controller0523`."""
 
+from tests.sglang_controller.controller_0510 import Controller0510
+from tests.sglang_controller.controller_0523 import Controller0523
+from tests.sglang_controller.controller_055 import Controller055
 from tests.sglang_controller.controller_base import AttachFailed, Controller
-from tests.sglang_controller.controller_new import Controller0523
-from tests.sglang_controller.controller_old import Controller055, Controller0510
 from tests.sglang_controller.operations import Operation, Prefetch, Side
 from tests.sglang_controller.ranks import CollectiveTimeout, RankGroup, TensorParallel
 from tests.sglang_controller.record import Call, Failure

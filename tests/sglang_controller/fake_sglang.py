@@ -1,4 +1,4 @@
-"""A fake `sglang` package, so that import probing in a plugin finds what the release would give it, and no more.
+"""A fake `sglang` package, so that a plugin's import probing finds what the release had, and no more.
 
 Each release's names sit at that release's module paths only. Nothing here computes anything.
 """
@@ -41,7 +41,7 @@ def fake_modules(release: Release, server_args: Any = None) -> dict[str, dict[st
     public = {name: value for name, value in vars(release.stub).items() if not name.startswith("_")}
     storage = {n: v for n, v in public.items() if getattr(v, "__module__", "") == release.stub.__name__}
     storage |= {n: v for n, v in public.items() if n == "STORAGE_BATCH_SIZE"}
-    host_pools = {
+    host_pools: dict[str, Any] = {
         "HostKVCache": pools.HostKVCache,
         "MHATokenToKVPoolHost": pools.MHATokenToKVPoolHost,
         "MLATokenToKVPoolHost": pools.MLATokenToKVPoolHost,
@@ -117,7 +117,12 @@ def fake_sglang(release: Release, server_args: Any = None) -> Iterator[None]:
 
 def server_args(**values: Any) -> SimpleNamespace:
     """The few server arguments a plugin may want: the model's path and the names it was given."""
-    defaults = {"model_path": "/models/sim", "served_model_name": "sim-model", "revision": None, "page_size": 4}
+    defaults = {
+        "model_path": "/models/sim",
+        "served_model_name": "sim-model",
+        "revision": None,
+        "page_size": 4,
+    }
     return SimpleNamespace(**defaults | values)
 
 

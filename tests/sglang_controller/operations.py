@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PLACEHOLDER = "__placeholder__"
-"""The key a trailing transfer carries until the hit is known: only their number means anything before that."""
+"""The key a trailing transfer carries until the hit is known: until then only their number counts."""
 
 _ids = itertools.count()
 
@@ -19,7 +19,7 @@ class Side:
     """A side pool's part in one operation.
 
     window > 0: the last `window` pages of the span (Mamba 1, sliding window n); `host_indices` holds
-    window * pool.page_size slots of that pool. from_pool="kv": every page of the span, in KV's own slots.
+    window * pool.page_size slots of that pool. from_pool="kv": every page of the span, in KV's slots.
     """
 
     pool: str
@@ -29,7 +29,7 @@ class Side:
 
     @classmethod
     def kv_derived(cls, pool: str) -> "Side":
-        """A pool that shares KV's slots and keys, page for page (a sparse-attention indexer, a draft model)."""
+        """A pool that shares KV's slots and keys, page for page (an indexer, a draft model)."""
         return cls(pool, window=0, from_pool="kv")
 
 

@@ -1,7 +1,7 @@
-"""The host pools beside KV: per-request state (Mamba), the tensorless anchor, and the group that holds them all.
+"""The host pools beside KV: per-request state (Mamba), the tensorless anchor, and the group that holds all.
 
-These differ from a KV pool exactly where a plugin is tempted to assume: page size 1, several buffers of several
-dtypes, no `fd`, no `kv_buffer`, and in 0.5.10 no `get_page_buffer_meta` either.
+These differ from a KV pool exactly where a plugin is tempted to assume: page size 1, several buffers of
+several dtypes, no `fd`, no `kv_buffer`, and in 0.5.10 no `get_page_buffer_meta` either.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.sglang_controller.pool_kv import HostTensorAllocator, ShmHostTensorAllocator, SlotPool
+from tests.sglang_controller.pool_base import HostTensorAllocator, ShmHostTensorAllocator, SlotPool
 
 _MAMBA_LAYOUTS = {
     "0.5.10": ("layer_first", "page_first", "page_first_direct"),
@@ -55,7 +55,8 @@ class MambaPoolHost(SlotPool):
         self.conv_buffer = [self._buffer(shape, conv_dtype) for shape in conv_shapes]
         if release == "0.5.23":
             self.kv_buffer = [self.temporal_buffer, *self.conv_buffer]
-            self.device_pool, self.slot_state_buffers = None, []
+            self.device_pool = None
+            self.slot_state_buffers: list[torch.Tensor] = []
             self.can_use_write_back_jit = True
         else:
             self.device_pool = SimpleNamespace(size=size // 2, num_mamba_layers=num_mamba_layers, device="cuda")
@@ -115,7 +116,7 @@ class MambaPoolHost(SlotPool):
 
 
 class LogicalHostPool(SlotPool):
-    """An anchor that numbers pages and holds no bytes (0.5.23, DeepSeek-V4): the bytes are all in side pools."""
+    """An anchor that numbers pages and holds no bytes (0.5.23, DeepSeek-V4): side pools have them all."""
 
     def __init__(self, *, page_size: int = 4, page_num: int = 64, layout: str = "layer_first") -> None:
         self.release, self.layout = "0.5.23", layout

@@ -1,17 +1,17 @@
 """Fake host pools, and the helpers that fill, read and compare their pages.
 
-A page is compared as the bytes `get_data_page` yields, whatever the layout: what was stored from one pool must
-read back as the same bytes into any pool of the same shape and layout.
+A page is compared as the bytes `get_data_page` yields, whatever the layout: what was stored from one pool
+must read back as the same bytes into any pool of the same shape and layout.
 """
 
 from typing import Any
 
 import torch
 
+from tests.sglang_controller.pool_base import HostKVCache
 from tests.sglang_controller.pool_kv import (
     MHA_LAYOUTS,
     MLA_LAYOUTS,
-    HostKVCache,
     MHATokenToKVPoolHost,
     MLATokenToKVPoolHost,
 )
@@ -38,7 +38,8 @@ __all__ = [
 def page_slots(pool: Any, pages: list[int]) -> torch.Tensor:
     """`host_indices` for these page numbers: int64 on the CPU, page_size consecutive slots a page."""
     starts = torch.tensor(pages, dtype=torch.int64).reshape(-1, 1) * pool.page_size
-    return (starts + torch.arange(pool.page_size, dtype=torch.int64)).flatten()
+    slots: torch.Tensor = (starts + torch.arange(pool.page_size, dtype=torch.int64)).flatten()
+    return slots
 
 
 def read_page(pool: Any, page: int) -> bytes:

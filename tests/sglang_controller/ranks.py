@@ -1,4 +1,4 @@
-"""Tensor parallelism in one process: a MIN all-reduce between controllers, and a driver for all ranks at once."""
+"""Tensor parallelism in one process: a MIN all-reduce between controllers, and a driver of all ranks."""
 
 import threading
 from collections import defaultdict

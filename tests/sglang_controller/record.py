@@ -1,8 +1,8 @@
 """The book of what a controller asked of its plugin, and of everything the plugin did wrong.
 
-Three ways to be wrong: *raised* (an exception left the plugin), *broke* (its answer made the controller raise),
-*contract* (the controller lives with the answer, but only by luck). Two more are the controller's own verdict:
-*dead* (a storage thread ended for good) and *stuck* (a call outlived the time SGLang gives it).
+Three ways to be wrong: *raised* (an exception left the plugin), *broke* (its answer made the controller
+raise), *contract* (the controller lives with the answer, but only by luck). Two more are the controller's
+own verdict: *dead* (a storage thread ended for good) and *stuck* (a call outlived the time it is given).
 """
 
 import threading

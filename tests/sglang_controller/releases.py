@@ -35,7 +35,7 @@ class Release:
         return tuple(field.name for field in fields(self.stub.HiCacheStorageConfig))
 
     def config(self, **values: Any) -> Any:
-        """A HiCacheStorageConfig of this release; a field it lacks is an AttributeError, as in a plugin."""
+        """A HiCacheStorageConfig of this release; naming a field it lacks is an AttributeError."""
         unknown = set(values) - set(self.config_fields)
         if unknown:
             raise AttributeError(f"SGLang {self.version} has no config field {sorted(unknown)}")
@@ -55,7 +55,7 @@ class Release:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """The extra config split as the tree cache splits it: these four are popped before a plugin sees the rest."""
+    """The extra config as the tree cache splits it: these four are popped before a plugin sees the rest."""
 
     rest: dict[str, Any]
     prefetch_threshold: int

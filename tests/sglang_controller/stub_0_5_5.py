@@ -24,7 +24,7 @@ class HiCacheStorageConfig:
 
 @dataclass
 class HiCacheStorageExtraInfo:
-    """The default really is the tuple (None,), which is truthy. The controller always passes a list or None."""
+    """The default really is the tuple (None,), which is truthy. The controller passes a list or None."""
 
     prefix_keys: list[str] | None = (None,)  # type: ignore[assignment]
     extra_info: dict[str, object] | None = None

@@ -1,6 +1,6 @@
-"""What all three releases' storage base class shares: five abstract methods, and defaults that do nothing.
+"""What the storage base class of all releases shares: five abstract methods, defaults that do nothing.
 
-Plugins inherit these defaults by accident, so they matter: v1 get/set answer None, batch_exists loops exists().
+Plugins inherit these by accident, so they matter: v1 get and set answer None, batch_exists loops exists().
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,7 @@ class StorageBase(ABC):
     ) -> list[torch.Tensor | None] | int: ...
 
     @abstractmethod
-    def set(
-        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
-    ) -> bool: ...
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool: ...
 
     @abstractmethod
     def batch_set(

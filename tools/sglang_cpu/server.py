@@ -68,9 +68,7 @@ class HiCache:
     ratio: float = 2.0
     write_policy: str = "write_through"
     storage_backend: str | None = None  # "file", "dynamic"...
-    extra_config: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what "dynamic" is: backend_name, module_path...
+    extra_config: Mapping[str, Any] = field(default_factory=dict)  # what "dynamic" is: backend_name, module_path...
     prefetch_policy: str = "wait_complete"
     prefetch_threshold: int = 16  # tokens; SGLang's own default, 256, never asks storage about short prompts
 
@@ -382,9 +380,7 @@ class SglangServer:
             time.sleep(0.1)
 
     @contextlib.contextmanager
-    def _answer(
-        self, method: str, path: str, body: object, timeout_s: float
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _answer(self, method: str, path: str, body: object, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.admin_key}"}
         with contextlib.closing(connection):
@@ -457,7 +453,7 @@ def shared_memory_of(session: int) -> set[Path]:
     for pid in session_members(session):
         with contextlib.suppress(OSError):
             maps = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-            inodes |= {int(line[4]) for line in maps if line[-1].startswith(f"{SHARED_MEMORY}/")}
+            inodes |= {int(line[4]) for line in maps if line[5:] and line[5].startswith(f"{SHARED_MEMORY}/")}
     files = (path for path in SHARED_MEMORY.iterdir() if path.name.startswith(SHARED_BY_SGLANG))
     return {path for path in files if inode_of(path) in inodes}
 

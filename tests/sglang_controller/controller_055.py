@@ -1,15 +1,16 @@
-"""The controllers of 0.5.5 and 0.5.10: no storage exception is caught, so the first one ends its thread for good.
+"""The controller of 0.5.5, and the base of 0.5.10's: the first storage exception ends its thread for good.
 
 Threads: P looks up, IO reads, B writes. Host slots are taken before the lookup; what is not used is released
 by P (beyond the hit) and by IO (beyond what arrived), and only after the plugin's call has returned.
 """
 
 import queue
+from typing import Self
 
-from tests.sglang_controller.controller_base import AttachFailed, Controller
+from tests.sglang_controller.controller_base import Controller
 from tests.sglang_controller.operations import Operation, Prefetch
 from tests.sglang_controller.ranks import CollectiveTimeout
-from tests.sglang_controller.releases import BATCH_PAGES, R055, R0510
+from tests.sglang_controller.releases import BATCH_PAGES, R055
 
 
 class Controller055(Controller):
@@ -17,7 +18,7 @@ class Controller055(Controller):
 
     release = R055
 
-    def attach(self) -> Controller:
+    def attach(self) -> Self:
         self._create_backend()
         self._register("register_mem_pool_host", self.mem_pool_host)
         self.enable_storage = True
@@ -33,7 +34,7 @@ class Controller055(Controller):
         return stopped
 
     def reset(self) -> bool:
-        """P and B are joined without limit; IO is not joined, so a slow one may outlive the flush and run twice."""
+        """P and B are joined without limit, IO not at all: a slow one outlives the flush and runs twice."""
         self.stop_event.set()
         if not self._join(("P", "B"), "flush"):
             return False
@@ -195,80 +196,3 @@ class Controller055(Controller):
             if prefix_keys:
                 prefix_keys += batch
             operation.completed_tokens += self.page_size * len(batch)
-
-
-class Controller0510(Controller055):
-    """0.5.10: attach and detach at run time, zero copy on request, and one kind of side pool (Mamba).
-
-    With side pools the plugin is registered a *group*, the storage threads already run when the v2
-    registrations come, the lookup is one call for the whole span, and side pools are read before KV.
-    """
-
-    release = R0510
-
-    @property
-    def hybrid(self) -> bool:
-        return bool(self.side_pools)
-
-    def attach(self) -> Controller:
-        if self.hybrid:
-            self.config_values.setdefault("enable_storage_metrics", False)  # never passed on in this release
-        try:
-            self._create_backend()
-            self._register("register_mem_pool_host", self.mem_pool_host)
-        except AttachFailed:
-            if self.backend is not None:
-                self._close()
-            raise
-        self.enable_storage = True
-        self.stop_event.clear()
-        self._start()
-        if self.hybrid:
-            for entry in self.mem_pool_host.entries:
-                self._register("register_mem_host_pool_v2", entry.host_pool, entry.name)
-        return self
-
-    def detach(self) -> bool:
-        """`close` is called only after every thread ended; a thread stuck for 10 s aborts the detach."""
-        self.stop_event.set()
-        self._wake()
-        if not self._join(("P", "B", "IO"), "detach"):
-            return False
-        if self.backend is not None:
-            self._close()
-        self.stop_event.clear()
-        return True
-
-    def _stage(self, operation: Prefetch) -> None:
-        super()._stage(operation)
-        for transfer, side in zip(operation.transfers or [], operation.sides, strict=True):
-            transfer.host_indices = side.host_indices
-
-    def _storage_hit_query(self, operation: Prefetch) -> tuple[list[str], int]:
-        if not self.hybrid:
-            return super()._storage_hit_query(operation)
-        keys = list(operation.all_keys)
-        extra_info = self._extra_info(list(operation.prefix_keys) if operation.prefix_keys else None)
-        if operation.transfers:
-            result = self.recorder.call(
-                "P", self.backend, "batch_exists_v2", keys, operation.transfers, extra_info
-            )
-            pages = result.kv_hit_pages
-        else:
-            pages = self.recorder.call("P", self.backend, "batch_exists", keys, extra_info)
-        for transfer in (operation.transfers or []) if pages > 0 else []:
-            window = len(transfer.keys) if transfer.keys else 1
-            transfer.keys = keys[max(0, pages - window) : pages]  # this rank's own hit, before ranks agree
-        return keys[:pages], pages * self.page_size
-
-    def _page_transfer(self, operation: Prefetch) -> None:
-        if operation.transfers and not operation.is_terminated():
-            results = self.recorder.call("IO", self.backend, "batch_get_v2", operation.transfers)
-            operation.pool_hits |= {getattr(name, "value", name): sum(oks) for name, oks in results.items()}
-        super()._page_transfer(operation)
-
-    def _page_backup(self, operation: Operation) -> None:
-        if operation.transfers:
-            results = self.recorder.call("B", self.backend, "batch_set_v2", operation.transfers)
-            operation.pool_hits |= {getattr(name, "value", name): sum(oks) for name, oks in results.items()}
-        super()._page_backup(operation)

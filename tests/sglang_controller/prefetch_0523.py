@@ -1,8 +1,7 @@
-"""The controller of 0.5.23: storage exceptions become misses, ranks agree in a thread of their own.
+"""Prefetch in 0.5.23: look up, agree, allocate, read, agree again.
 
-Threads: P looks up the whole span in one call, the scheduler allocates slots for the hit, IO reads KV (and pools
-that share KV's slots) in batches and then the trailing pools, Y reduces progress over the ranks, B writes side
-pools first and KV after. An operation ends only when Y has seen its last ack.
+Storage exceptions become misses. Every rank sends the same number of acks of each kind whatever went wrong,
+because a thread of its own (Y) reduces them over the ranks one by one; an operation ends with its last ack.
 """
 
 import queue
@@ -10,15 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.sglang_controller.controller_base import AttachFailed, Controller
+from tests.sglang_controller.controller_base import Controller
 from tests.sglang_controller.operations import Operation, Prefetch
-from tests.sglang_controller.pools import HostPoolGroup, PoolEntry
-from tests.sglang_controller.record import Role
-from tests.sglang_controller.releases import BATCH_PAGES, R0523
+from tests.sglang_controller.releases import BATCH_PAGES
 from tests.sglang_controller.stub_0_5_23 import PoolHitPolicy, PoolName
 
 _NO_VERDICT = 2**31 - 1
-_ROLES: tuple[Role, ...] = ("P", "B", "IO", "Y")
 
 
 @dataclass
@@ -31,72 +27,15 @@ class _Ack:
     last: bool = False
 
 
-def _pool_hits(results: dict[Any, list[bool]]) -> dict[str, int]:
+def leading_hits(results: dict[Any, list[bool]]) -> dict[str, int]:
     """The leading run of successes of each pool."""
     return {getattr(n, "value", n): oks.index(False) if False in oks else len(oks) for n, oks in results.items()}
 
 
-class Controller0523(Controller):
-    """0.5.23: every model's pools come as a group, so v2 registration always happens, KV included."""
+class PrefetchPath(Controller):
+    """The part of the 0.5.23 controller that P, IO and Y run."""
 
-    release = R0523
-
-    def attach(self) -> Controller:
-        try:
-            self._create_backend()
-            self._register("register_mem_pool_host", self.pool)
-        except AttachFailed:
-            if self.backend is not None:
-                self._close()
-            raise
-        self.enable_storage = True
-        self.stop_event.clear()
-        self._start()
-        for entry in self.mem_pool_host.entries:
-            self._register("register_mem_host_pool_v2", entry.host_pool, entry.name)
-        self._register("on_host_pools_registered")
-        return self
-
-    def register_side_pool(self, name: str, pool: Any) -> None:
-        """A sidecar that appears after attach: one more v2 registration, and nothing says when it is the last."""
-        entry = PoolEntry(PoolName(name), pool)
-        self.mem_pool_host.entries.append(entry)
-        self.mem_pool_host.entry_map[entry.name] = pool
-        self.side_pools[name] = pool
-        self._register("register_mem_host_pool_v2", pool, entry.name)
-
-    def reset(self) -> bool:
-        """Every thread gets 10 s; one that is still in a plugin call makes flush_cache raise."""
-        if not self._stop("flush"):
-            return False
-        for work in (self.prefetch_queue, self.backup_queue, self.prefetch_buffer):
-            work.queue.clear()
-        self.stop_event.clear()
-        if self.enable_storage:
-            self._start()
-        return True
-
-    def detach(self) -> bool:
-        """`close` is called only after every thread ended; a thread stuck for 10 s aborts the detach."""
-        if not self._stop("detach"):
-            return False
-        if self.backend is not None:
-            self._close()
-        self.stop_event.clear()
-        return True
-
-    def _stop(self, where: str) -> bool:
-        self.stop_event.set()
-        self._wake()
-        return self._join(_ROLES, where)
-
-    def _start(self) -> None:
-        self.dead.clear()
-        self.acks: queue.Queue[_Ack] = queue.Queue()
-        self._spawn("P", lambda: self._serve(self.prefetch_queue, self._look_up))
-        self._spawn("IO", lambda: self._serve(self.prefetch_buffer, self._read))
-        self._spawn("Y", lambda: self._serve(self.acks, self._agree))
-        self._spawn("B", lambda: self._serve(self.backup_queue, self._write))
+    acks: "queue.Queue[_Ack]"
 
     def _serve(self, work: "queue.Queue[Any]", step: Callable[[Any], None]) -> None:
         while not self.stop_event.is_set():
@@ -106,11 +45,6 @@ class Controller0523(Controller):
                 continue
             if item is not None:
                 step(item)
-
-    def _host_pool(self) -> Any:
-        entries = [PoolEntry(PoolName.KV, self.pool, is_primary_index_anchor=True)]
-        entries += [PoolEntry(PoolName(name), pool) for name, pool in self.side_pools.items()]
-        return HostPoolGroup(entries)
 
     @property
     def _flat_pool(self) -> Any:
@@ -141,7 +75,7 @@ class Controller0523(Controller):
         if not operation.transfers:
             pages: int = self.recorder.call("P", self.backend, "batch_exists", keys, extra_info)
             operation.query_pool_hits = {"kv": pages}
-            return pages * 1  # the release multiplies by the page size, so a None ends here
+            return pages * 1  # the release multiplies here too: a None goes no further
         result = self.recorder.call("P", self.backend, "batch_exists_v2", keys, operation.transfers, extra_info)
         operation.restorable = result.restorable_prefix_pages
         hits = {getattr(name, "value", name): count for name, count in result.extra_pool_hit_pages.items()}
@@ -171,7 +105,8 @@ class Controller0523(Controller):
 
     def _admit(self, operation: Prefetch) -> None:
         """The scheduler's part: revoke a hit below the threshold, else take slots for exactly the hit."""
-        assert operation.hit_pages is not None and operation.staging is not None
+        assert operation.hit_pages is not None
+        assert operation.staging is not None
         hit = operation.hit_pages
         if hit * self.page_size < self.prefetch_threshold or operation.is_terminated():
             operation.revoked = True
@@ -190,7 +125,7 @@ class Controller0523(Controller):
         return operation.completed_tokens // self.page_size
 
     def decode_query(self, keys: list[str], prefix_keys: list[str] | None = None) -> int:
-        """A decode worker asks from the scheduler's thread, where nothing catches: raises what the plugin raises."""
+        """A decode worker asks in the scheduler's thread, where nothing catches what the plugin raises."""
         operation = Prefetch([], None, prefix_keys, all_keys=list(keys))
         extra_info = self._extra_info(list(prefix_keys) if prefix_keys else None)
         pages = self.recorder.call("S", self.backend, "batch_exists", list(operation.all_keys), extra_info)
@@ -232,7 +167,7 @@ class Controller0523(Controller):
         if derived:
             now = [self.release.transfer(name=t.name, host_indices=slots, keys=keys) for t in derived]
             results = self.recorder.call("IO", self.backend, "batch_get_v2", now, extra_info=extra_info)
-            hits += _pool_hits(results).values()
+            hits += leading_hits(results).values()
         return min(hits)
 
     def _page_get(self, operation: Prefetch, keys: list[str], slots: Any, extra_info: Any) -> int:
@@ -262,10 +197,8 @@ class Controller0523(Controller):
             try:
                 results: dict[Any, list[bool]] = {}
                 for extra_info, group in self._chains(operation, transfers):
-                    results |= self.recorder.call(
-                        "IO", self.backend, "batch_get_v2", group, extra_info=extra_info
-                    )
-                hits = _pool_hits(results)
+                    results |= self.recorder.call("IO", self.backend, "batch_get_v2", group, extra_info=extra_info)
+                hits = leading_hits(results)
             except Exception as error:
                 self.recorder.blame("IO", error)
         self.acks.put(_Ack(operation, pool_hits=hits))
@@ -313,52 +246,3 @@ class Controller0523(Controller):
             if ack.operation.host_indices is not None:
                 self._release_pages(ack.operation.host_indices[ack.operation.completed_tokens :])
             ack.operation.done.set()
-
-    # --- backup (B)
-
-    def _write(self, operation: Operation) -> None:
-        try:
-            self._write_all(operation)
-        except Exception as error:
-            self.recorder.blame("B", error)
-        operation.done.set()
-
-    def _write_all(self, operation: Operation) -> None:
-        """Side pools whole and first; then KV. A rank that does not write KV still writes its Mamba state."""
-        transfers = [
-            t for t in operation.transfers or [] if not self.backup_skip or t.name is PoolName.MAMBA
-        ]
-        results: dict[Any, list[bool]] = {}
-        if transfers:
-            for transfer in operation.transfers or []:
-                if transfer.indices_from_pool is PoolName.KV:
-                    transfer.host_indices, transfer.keys = operation.host_indices, operation.hash_value
-            self._borrow_slots(operation.transfers or [])
-            for extra_info, group in self._chains(operation, transfers):
-                results |= self.recorder.call("B", self.backend, "batch_set_v2", group, extra_info=extra_info)
-            operation.pool_hits = _pool_hits(results)
-        if not self.backup_skip:
-            self._write_kv(operation)
-            return
-        good = bool(transfers) and all(
-            len(results.get(t.name, [])) == len(t.keys) and all(results[t.name]) for t in transfers
-        )
-        operation.completed_tokens = len(operation.hash_value) * self.page_size if good else 0
-
-    def _write_kv(self, operation: Operation) -> None:
-        prefix_keys = operation.prefix_keys
-        assert operation.host_indices is not None
-        for i in range(0, len(operation.hash_value), BATCH_PAGES):
-            batch = operation.hash_value[i : i + BATCH_PAGES]
-            slots = operation.host_indices[i * self.page_size : (i + len(batch)) * self.page_size]
-            if not self._page_set(batch, slots, self._extra_info(prefix_keys)):
-                return
-            prefix_keys = prefix_keys + batch if prefix_keys is not None else None
-            operation.completed_tokens += self.page_size * len(batch)
-
-    def _read_stats(self, stats: Any) -> Any:
-        """None becomes empty metrics; the outcome snapshot is hung onto the plugin's own object."""
-        stats = self.release.metrics_class() if stats is None else stats
-        if not hasattr(stats, "prefetch_stats"):
-            stats.prefetch_stats = {}
-        return super()._read_stats(stats)

@@ -1,0 +1,71 @@
+"""Checks around every test: nothing it started may be left behind."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import Daemon, eventually
+
+collect_ignore_glob: list[str] = []
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the listing's own
+    return found
+
+
+def _children() -> set[int]:
+    alive = psutil.Process().children(recursive=True)
+    return {p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
+
+
+def _shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "kvd" in name}
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes, threads, descriptors, sockets and shared memory are what they were before the test."""
+    threads, fds = set(threading.enumerate()), _descriptors()
+    children, shm = _children(), _shared_memory()
+    yield
+    eventually(lambda: not (_children() - children), 5, "no process is left")
+    left = eventually_threads(threads)
+    assert not left, f"threads left: {left}"
+    assert not (_shared_memory() - shm), "shared memory left in /dev/shm"
+    gc.collect()
+    new = {fd: what for fd, what in _descriptors().items() if fd not in fds}
+    new = {fd: what for fd, what in new.items() if not what.startswith(("/dev/", "pipe:")) or "shm" in what}
+    assert not new, f"descriptors left: {new}"
+
+
+def eventually_threads(before: set[threading.Thread]) -> list[str]:
+    """Threads that do not end by themselves within a moment."""
+    alive: list[threading.Thread] = []
+
+    def gone() -> bool:
+        alive[:] = [t for t in threading.enumerate() if t not in before and not t.name.startswith("pytest")]
+        return not alive
+
+    try:
+        eventually(gone, 3)
+    except AssertionError:
+        return [t.name for t in alive]
+    return []
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A running kvd with a small arena."""
+    with Daemon(tmp_path / "run") as running:
+        yield running
