@@ -94,7 +94,8 @@ def weights_identity(model_path: str) -> str:
     arguments = server_args()
     if getattr(arguments, "enable_lora", None) and not keys_name_adapters():
         raise Unsupported(
-            "LoRA is on, and this SGLang's page keys do not tell adapters apart", "upgrade SGLang, or serve without LoRA"
+            "LoRA is on, and this SGLang's page keys do not tell adapters apart",
+            "upgrade SGLang, or serve without LoRA",
         )
     path = model_path or str(getattr(arguments, "model_path", "") or "")
     if not path:

@@ -131,6 +131,21 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
             self._session.wake()
 
     @property
+    def ready(self) -> bool:
+        """Attached, every registered pool named, circuit closed: from here on pages come and go."""
+        session = self._session
+        if session is None or session.attachment is None or not session.circuit.closed:
+            return False
+        named = {name for name, _ in self._shelves}
+        real = {name for name, pool in self._pools.items() if getattr(pool, "kv_buffer", self) is not None}
+        return bool(self._pools) and real <= named and session.attachment.joined >= len(self._specs)
+
+    @property
+    def circuit(self) -> str:
+        """ "closed", "open: why" or "off: why"."""
+        return str(self._session.circuit) if self._session is not None else "off: no session"
+
+    @property
     def _anchor_is_logical(self) -> bool:
         pool = self._pools.get(KV)
         return pool is not None and getattr(pool, "kv_buffer", self) is None
@@ -167,7 +182,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
                 )
             self._views[name] = view
             self._add_shelf(name, pool, view.page_bytes, "pieces")
-        if name == KV and (name, "flat") not in self._shelves and not self._pieces:
+        if name == KV and (name, "flat") not in self._shelves:
             self._add_shelf(name, pool, _declared_bytes(pool), "flat")
 
     def _add_shelf(self, name: str, pool: Any, page_bytes: int, access: str) -> None:
@@ -184,10 +199,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
 
     def _flat(self) -> Shelf | None:
         """The shelf of flat pages. A release that ignores "interface_v1" shows it by calling us this way."""
-        if self._pieces:
-            self._pieces = False
-            if self._session is not None:
-                self._session.wake()
+        self._pieces = False
         return self._shelf(KV, "flat")
 
     def _shelf(self, name: str, access: str = "pieces") -> Shelf | None:

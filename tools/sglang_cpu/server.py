@@ -68,7 +68,9 @@ class HiCache:
     ratio: float = 2.0
     write_policy: str = "write_through"
     storage_backend: str | None = None  # "file", "dynamic"...
-    extra_config: Mapping[str, Any] = field(default_factory=dict)  # what "dynamic" is: backend_name, module_path...
+    extra_config: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what "dynamic" is: backend_name, module_path...
     prefetch_policy: str = "wait_complete"
     prefetch_threshold: int = 16  # tokens; SGLang's own default, 256, never asks storage about short prompts
 
@@ -222,7 +224,6 @@ class SglangServer:
         """Until the server has generated a token; how long that took. A dead server fails at once."""
         begin = time.monotonic()
         self._until(self._is_healthy, timeout_s or self.ready_timeout_s, "not ready")
-        self._shared_memory |= shared_memory_of(self.pid)
         return time.monotonic() - begin
 
     def stop(self, timeout_s: float = 20.0) -> None:
@@ -373,14 +374,18 @@ class SglangServer:
             if self._process is None or self._process.poll() is not None:
                 status = self._process.returncode if self._process else "never started"
                 raise ServerFailed(f"{self!r} died (exit {status}):\n{self.log_tail()}")
+            # Noted while it lives: a server that dies by itself has no map to read them from.
+            self._shared_memory |= shared_memory_of(self._process.pid)
             if done():
                 return
             if time.monotonic() > deadline:
                 raise ServerFailed(f"{self!r} {otherwise} after {timeout_s:.0f} s:\n{self.log_tail()}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     @contextlib.contextmanager
-    def _answer(self, method: str, path: str, body: object, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+    def _answer(
+        self, method: str, path: str, body: object, timeout_s: float
+    ) -> Iterator[http.client.HTTPResponse]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.admin_key}"}
         with contextlib.closing(connection):
