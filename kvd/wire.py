@@ -57,6 +57,7 @@ class NamespaceSpec(Message, tag="ns", frozen=True):
     pool: str
     label: str
     family: bytes = b""  # equal for pools of one model whose pages belong together
+    scratch: bool = False  # its pages leave with the session; refused where anybody else has the namespace
 
 
 class Join(Message, tag="join", frozen=True):
@@ -202,7 +203,7 @@ class Prefixes(Message, tag="prefixes", frozen=True):
 
 
 class Scanned(Message, tag="scanned", frozen=True):
-    """`next` is the cursor to go on from, or -1 at the end."""
+    """`next` is the cursor to go on from, or -1 at the end. A row of length 0: the page's header is damaged."""
 
     lease: int
     next: int

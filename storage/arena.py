@@ -156,7 +156,7 @@ class Arena:
         """Return a slot, to be reused after all others. An idle extent stays with its class until asked for."""
         self._set_state(slot, QUARANTINED if quarantined else FREE)
         self._in_use[slot >> _SLOT_BITS] -= 1
-        self._free[self.slot_bytes(slot)].append(slot)
+        self._free.setdefault(self.slot_bytes(slot), deque()).append(slot)
 
     def seal(
         self, slot: int, length: int, shard: int, shards: int, namespace: bytes, key: bytes, parent: bytes,
@@ -176,7 +176,8 @@ class Arena:
         """Give an extent whose slots are all free back to every class."""
         assert self._in_use[extent] == 0, "extent in use"
         size_class = self._slot_bytes[extent]
-        self._free[size_class] = deque(s for s in self._free[size_class] if s >> _SLOT_BITS != extent)
+        free = self._free.get(size_class, ())
+        self._free[size_class] = deque(slot for slot in free if slot >> _SLOT_BITS != extent)
         EXTENT.pack_into(self._memory, self._base(extent), b"", 0, 0, 0)
         self._slot_bytes[extent] = self._slots[extent] = 0
         self._free_extents.append(extent)

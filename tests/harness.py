@@ -1,5 +1,6 @@
 """Real daemons for tests: started on a folder of their own, killed in any way, and checked for leaks at the end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,62 @@ def eventually(predicate: Callable[[], T], timeout_s: float = 10.0, what: str = 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what or predicate}")
         time.sleep(0.005)
+
+
+class PluginProcess:
+    """A worker with the real plugin in a process of its own, see tests.plugin_process."""
+
+    def __init__(self, socket: Path, *args: object) -> None:
+        root = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.plugin_process", str(socket), *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=root,
+            text=True,
+        )
+        self.seconds = 0.0  # the last order took
+
+    def tell(self, do: str, **order: object) -> None:
+        """Give an order without waiting."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **order}) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the worker process died"
+        reply = json.loads(line)
+        self.seconds = reply["seconds"]
+        return reply["answer"]
+
+    def do(self, do: str, **order: object) -> Any:
+        self.tell(do, **order)
+        return self.hear()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Let it end by itself; nothing to say when it is dead already."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+
+    def __enter__(self) -> "PluginProcess":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
 
 class Daemon:

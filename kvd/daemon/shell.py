@@ -10,7 +10,7 @@ import secrets
 import time
 
 from kvd import __version__, wire
-from kvd.daemon import status, systemd
+from kvd.daemon import scratch, status, systemd
 from kvd.daemon.data import DataSocket
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
@@ -27,6 +27,7 @@ log = logging.getLogger("kvd")
 TICK_S = 0.25
 SCAN_TTL_S = 30.0
 MAX_SCAN = 256
+MAX_CIRCUIT = 1024  # characters of a report's circuit: a reason with its hint and a path
 FAULT_STEP_BYTES = 4 << 20  # faulting holds up every other change of the process's mappings
 
 
@@ -62,9 +63,10 @@ class Shell:
             case wire.Ping(n):
                 member.send(wire.Pong(n, self.prefaulted))
             case wire.Join(namespaces):
+                scratch.claim(self._node, session, namespaces)
                 member.send(wire.Joined(self._node.join(session, namespaces)))
             case wire.Report(circuit, counters):
-                if len(counters) > 256 or len(circuit) > 64:
+                if len(counters) > 256 or len(circuit) > MAX_CIRCUIT:
                     raise PeerError("an oversized report")
                 session.circuit, session.counters = circuit, counters
             case wire.GetStatus():
@@ -112,6 +114,7 @@ class Shell:
         if isinstance(session, Session):
             self._by_ticket.pop(session.ticket, None)
             self._node.bury(session)
+            scratch.drop(self._node, session)
             if session.role == "worker":
                 log.info("detached %r", session)
 

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPResponse
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -68,9 +69,7 @@ class HiCache:
     ratio: float = 2.0
     write_policy: str = "write_through"
     storage_backend: str | None = None  # "file", "dynamic"...
-    extra_config: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what "dynamic" is: backend_name, module_path...
+    extra_config: Mapping[str, Any] = field(default_factory=dict)  # "dynamic": backend_name, module_path...
     prefetch_policy: str = "wait_complete"
     prefetch_threshold: int = 16  # tokens; SGLang's own default, 256, never asks storage about short prompts
 
@@ -383,9 +382,7 @@ class SglangServer:
             time.sleep(0.2)
 
     @contextlib.contextmanager
-    def _answer(
-        self, method: str, path: str, body: object, timeout_s: float
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _answer(self, method: str, path: str, body: object, timeout_s: float) -> Iterator[HTTPResponse]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.admin_key}"}
         with contextlib.closing(connection):

@@ -1,0 +1,54 @@
+"""`kvdctl`: the operator's tool. One file per command; each only asks the daemon and shows what came back.
+
+Exit status of every command: 0 fine, 1 something is wrong, 2 wrong usage, 3 no daemon reachable.
+"""
+
+from typing import Annotated
+
+import typer
+
+from kvd import __version__
+from kvd.ctl import doctor, ls, status, tiers, verify, workers
+
+app = typer.Typer(
+    name="kvdctl",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvdctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvdctl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Look after kvd, the daemon that keeps the KV cache of this node's SGLang workers.
+
+    Start with `kvdctl doctor`: it proves the whole path and says how to repair what is broken.
+
+    \b
+    Exit status of every command:
+      0  fine
+      1  something is wrong: a red line, a damaged page, a request that kvd refused
+      2  wrong usage
+      3  no daemon reachable: none there, or it does not answer
+    """
+
+
+for _name, _module in (
+    ("status", status),
+    ("doctor", doctor),
+    ("tiers", tiers),
+    ("workers", workers),
+    ("ls", ls),
+    ("verify", verify),
+):
+    app.command(_name)(_module.command)

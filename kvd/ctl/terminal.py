@@ -1,0 +1,132 @@
+"""What all commands share: options, exit codes, the way to the daemon, and how results and errors are shown.
+
+With --json, stdout carries one JSON document or nothing, and an error is one JSON line on stderr.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+
+from kvd.client import Link
+from kvd.errors import KvdError, Unavailable
+from kvd.places import SOCKET, run_dir
+
+FINE, WRONG, NO_DAEMON = 0, 1, 3  # 2 is the command line's own: wrong usage
+TIMEOUT_S: Final = 3.0  # a healthy daemon answers in milliseconds
+
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        metavar="PATH",
+        help="The daemon's socket. By default kvd.sock in $KVD_RUN_DIR; without that in /run/kvd for root, "
+        "else in your own $XDG_RUNTIME_DIR/kvd.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def socket_path(given: Path | None) -> Path:
+    """Where the daemon should be."""
+    return given if given is not None else run_dir(os.environ, os.getuid()) / SOCKET
+
+
+@contextmanager
+def reporting(as_json: bool) -> Iterator[None]:
+    """Turn what kvd raises on purpose into one line on stderr and an exit code."""
+    try:
+        yield
+    except KvdError as error:
+        if as_json:
+            body = msgspec.json.encode({"error": error.message, "hint": error.hint}).decode()
+        else:
+            body = f"kvdctl: {error}"
+        print(body, file=sys.stderr)
+        raise typer.Exit(NO_DAEMON if isinstance(error, Unavailable) else WRONG) from error
+
+
+@contextmanager
+def attached(given: Path | None) -> Iterator[Link]:
+    """A tool's connection to the daemon. Raises KvdError."""
+    link = Link(socket_path(given), "tool", "kvdctl", None, TIMEOUT_S)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+# -- results -----------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> Any:
+    """A message as JSON can hold it: every field under its name, bytes as hex."""
+    if isinstance(value, msgspec.Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def show_json(value: object) -> None:
+    """One document on stdout."""
+    print(msgspec.json.format(msgspec.json.encode(plain(value)), indent=2).decode())
+
+
+def show_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Name and value, one pair a line."""
+    for name, value in facts:
+        print(f"{name:<10} {printable(value)}")
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns; numbers to the right. As wide as the terminal, or as the content where there is none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for position, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[position], int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else printable(str(cell))) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
+
+
+def printable(text: str) -> str:
+    """Labels come from peers: no escape sequence of theirs may reach the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+# -- units -------------------------------------------------------------------------------------------------
+
+
+def size(count: int) -> str:
+    """Bytes for people: "60.0 MiB"."""
+    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count} B"
+
+
+def span(seconds: float) -> str:
+    """A duration for people: "3 min"."""
+    for limit, unit in ((172800, 86400), (7200, 3600), (120, 60)):
+        if seconds >= limit:
+            return f"{seconds / unit:.0f} {({86400: 'days', 3600: 'h', 60: 'min'})[unit]}"
+    return f"{seconds:.0f} s"
+
+
+def percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -1,0 +1,392 @@
+"""What happens when something dies, stops, fills up or lies: real processes, real signals.
+
+A worker always gets an answer within its deadline, wrong bytes never come back, and nothing leaks.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from kvd import wire
+from kvd.client import Link
+from kvd.errors import PeerError, Unavailable
+from kvd.leasetable import LeaseTable
+from kvd.pages import chain
+from tests.harness import Daemon, PluginProcess, eventually
+
+DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
+
+
+def span(pages: int, conversation: int = 0) -> list[str]:
+    return [key.hex() for key in chain([conversation, *range(4 * pages - 1)], 4)]
+
+
+@pytest.fixture
+def worker(daemon: Daemon) -> Iterator[PluginProcess]:
+    with PluginProcess(daemon.socket) as process:
+        assert process.do("wait")
+        yield process
+
+
+def reattached(worker: PluginProcess) -> None:
+    eventually(lambda: worker.do("circuit") == "closed", 10, "the plugin is attached again")
+
+
+# -- kvd dies ----------------------------------------------------------------------------------------------------
+
+
+def test_after_kill_9_the_ram_tier_is_warm_and_workers_attach_by_themselves(
+    daemon: Daemon, worker: PluginProcess
+) -> None:
+    keys = span(60)
+    worker.do("put", keys=keys)
+    daemon.kill()
+    assert worker.do("take", keys=keys) == ["miss"] * 60
+    assert worker.seconds < 0.5, "a dead daemon is a miss at once"
+    assert worker.do("exists", keys=keys) == 0
+    daemon.start()
+    reattached(worker)
+    assert daemon.status().warm_pages == 60
+    assert worker.do("exists", keys=keys) == 60
+    assert worker.do("take", keys=keys) == ["right"] * 60
+    assert daemon.faults() == []
+
+
+def test_kill_9_in_the_middle_of_writes_leaves_whole_pages_only(daemon: Daemon) -> None:
+    for round_ in range(6):
+        with PluginProcess(daemon.socket) as worker:
+            assert worker.do("wait")
+            for conversation in range(8):
+                worker.tell("put", keys=span(100, 10 * round_ + conversation))
+            time.sleep(0.004 * round_)  # the only way to hit another moment each round
+            daemon.kill()
+            for _ in range(8):
+                worker.hear()
+        daemon.start()
+        assert daemon.faults() == []
+        with PluginProcess(daemon.socket) as reader:
+            assert reader.do("wait")
+            for conversation in range(8):
+                keys = span(100, 10 * round_ + conversation)
+                held = reader.do("exists", keys=keys)
+                answers = reader.do("take", keys=keys)
+                assert "WRONG" not in answers
+                assert answers[:held] == ["right"] * held
+
+
+def test_a_clean_stop_leaves_nothing_and_starts_cold(daemon: Daemon, worker: PluginProcess) -> None:
+    worker.do("put", keys=span(3))
+    daemon.stop()
+    daemon.start()
+    reattached(worker)
+    assert worker.do("take", keys=span(3)) == ["miss"] * 3
+
+
+def test_a_kept_arena_survives_a_clean_stop(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path / "run", arena__keep_on_stop="true").start()
+    with PluginProcess(daemon.socket) as worker:
+        assert worker.do("wait")
+        worker.do("put", keys=span(9))
+        daemon.signal(signal.SIGTERM)
+        assert daemon.process is not None
+        assert daemon.process.wait(10) == 0
+        daemon.start()
+        reattached(worker)
+        assert worker.do("take", keys=span(9)) == ["right"] * 9
+    daemon.kill()
+    daemon.stop()
+
+
+def test_an_arena_of_another_size_or_format_is_started_cold_and_said(daemon: Daemon, worker: PluginProcess) -> None:
+    worker.do("put", keys=span(3))
+    daemon.kill()
+    with daemon.arena_path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\x63")
+    daemon.start()
+    assert "starting cold: arena format 99" in daemon.log.read_text()
+    daemon.kill()
+    daemon.env["KVD_ARENA__SIZE_BYTES"] = str(32 << 20)
+    daemon.start()
+    assert daemon.status().warm_pages == 0
+    assert daemon.faults() == []
+
+
+def test_a_second_kvd_on_the_same_folder_is_refused(daemon: Daemon) -> None:
+    other = Daemon(daemon.folder).start(wait=False)
+    assert other.process is not None
+    assert other.process.wait(10) == 1
+    assert "another kvd" in daemon.log.read_text()
+    assert daemon.status().pid
+
+
+# -- kvd stops answering -----------------------------------------------------------------------------------------
+
+
+def test_a_stopped_daemon_costs_one_deadline_and_not_one_per_call(daemon: Daemon, worker: PluginProcess) -> None:
+    keys = span(20)
+    worker.do("put", keys=keys)
+    daemon.signal(signal.SIGSTOP)
+    assert worker.do("take", keys=keys) == ["miss"] * 20
+    assert worker.seconds < DEADLINE_S
+    for _ in range(20):
+        worker.do("exists", keys=keys)
+        assert worker.seconds < 0.1
+        worker.do("take", keys=keys)
+        assert worker.seconds < 0.1
+        worker.do("put", keys=span(20, 5))
+        assert worker.seconds < 0.1
+    assert worker.do("circuit").startswith("open")
+    daemon.signal(signal.SIGCONT)
+    reattached(worker)
+    assert worker.do("take", keys=keys) == ["right"] * 20
+
+
+def test_an_idle_worker_notices_a_stopped_daemon_before_it_asks(daemon: Daemon, worker: PluginProcess) -> None:
+    daemon.signal(signal.SIGSTOP)
+    eventually(lambda: worker.do("circuit").startswith("open"), 5)
+    worker.do("take", keys=span(5))
+    assert worker.seconds < 0.1
+    daemon.signal(signal.SIGCONT)
+    reattached(worker)
+
+
+def test_closing_is_quick_whatever_kvd_does(daemon: Daemon, worker: PluginProcess) -> None:
+    daemon.signal(signal.SIGSTOP)
+    assert worker.do("close")
+    assert worker.seconds < 1.0
+    daemon.signal(signal.SIGCONT)
+
+
+def test_a_replaced_socket_is_found(daemon: Daemon, worker: PluginProcess) -> None:
+    keys = span(5)
+    worker.do("put", keys=keys)
+    daemon.socket.unlink()
+    daemon.kill()
+    daemon.start()
+    reattached(worker)
+    assert worker.do("take", keys=keys) == ["right"] * 5
+
+
+def test_a_full_arena_drops_writes_and_keeps_serving(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "run", arena_mib=4) as daemon, PluginProcess(daemon.socket) as worker:
+        assert worker.do("wait")
+        for conversation in range(12):
+            assert all(worker.do("put", keys=span(100, conversation)))
+        assert daemon.status().tiers[0].evicted > 0
+        last = worker.do("take", keys=span(100, 11))
+        assert "WRONG" not in last
+        assert last[0] == "right"
+        assert daemon.faults() == []
+
+
+# -- kvd lies ----------------------------------------------------------------------------------------------------
+
+
+class Liar:
+    """Answers like kvd on kvd.sock, and with garbage on kvd.data. Stands in for a broken daemon."""
+
+    def __init__(self, folder: Path, garbage: bytes) -> None:
+        folder.mkdir(parents=True)
+        self.path, self._garbage = folder / "kvd.sock", garbage
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.bind(f"ipc://{folder / 'kvd.data'}")
+        self._folder = folder
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._members), threading.Thread(target=self._data)]
+        for thread in self._threads:
+            thread.start()
+
+    def _members(self) -> None:
+        from kvd.index import IndexWriter, index_bytes
+
+        arena, index = os.memfd_create("a"), os.memfd_create("i")
+        os.ftruncate(arena, 1 << 20)
+        os.ftruncate(index, index_bytes(1024))
+        import mmap
+
+        area = mmap.mmap(index, index_bytes(1024))
+        IndexWriter(memoryview(area), 1024, 1)
+        while not self._stopping:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                break
+            with peer:
+                _, fds, _, _ = socket.recv_fds(peer, 65536, 4)
+                for fd in fds:
+                    os.close(fd)
+                welcome = wire.Welcome(
+                    1, 1, 1, b"t" * 16, f"ipc://{self._folder / 'kvd.data'}", 1 << 20, index_bytes(1024), "liar"
+                )
+                socket.send_fds(peer, [wire.frame(welcome)], [arena, index])
+                while data := peer.recv(65536):
+                    (length,) = wire.FRAME.unpack_from(data)
+                    message = wire.decode_to_daemon(data[4 : 4 + length])
+                    if isinstance(message, wire.Join):
+                        peer.sendall(wire.frame(wire.Joined(list(range(len(message.namespaces))))))
+                    elif isinstance(message, wire.Ping):
+                        peer.sendall(wire.frame(wire.Pong(message.n)))
+        os.close(arena)
+        os.close(index)
+
+    def _data(self) -> None:
+        while not self._stopping:
+            if self._router.poll(50):
+                identity, *_ = self._router.recv_multipart()
+                self._router.send_multipart([identity, self._garbage])
+        self._router.close()
+        self._context.term()
+
+    def close(self) -> None:
+        self._stopping = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\xff" * 40,
+        wire.encode(wire.Found(1, 3)),
+        wire.encode(wire.Leased(1, 7, b"short")),
+        wire.encode(wire.Leased(1, 7, wire.LEASED_ROW.pack(1 << 60, 1, 1 << 30, bytes(16)) * 5)),
+        wire.encode(wire.Leased(1, 7, wire.LEASED_ROW.pack(1 << 19, 1, 8192, bytes(16)) * 5)),
+        wire.encode(wire.Reserved(1, 7, wire.RESERVED_ROW.pack(1 << 60, 1, 0) * 5)),
+        wire.encode(wire.Refusal("no", "try", 1)),
+    ],
+    ids=["empty", "noise", "other kind", "short rows", "wild place", "wrong bytes", "wild write", "refusal"],
+)
+def test_a_lying_daemon_is_a_miss(tmp_path: Path, garbage: bytes) -> None:
+    liar = Liar(tmp_path / "run", garbage)
+    try:
+        with PluginProcess(liar.path) as worker:
+            assert worker.do("wait")
+            for do in ("take", "put", "exists"):
+                answer = worker.do(do, keys=span(5))
+                assert worker.seconds < DEADLINE_S
+                assert answer in (["miss"] * 5, [False] * 5, [True] * 5, 0)
+            assert worker.process.poll() is None
+    finally:
+        liar.close()
+
+
+# -- workers die -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("do", ["put", "take"])
+def test_a_worker_killed_in_the_middle_gives_everything_back(daemon: Daemon, worker: PluginProcess, do: str) -> None:
+    keys = span(40)
+    worker.do("put", keys=keys)
+    with PluginProcess(daemon.socket) as victim:
+        assert victim.do("wait")
+        victim.do("exists", keys=keys)
+        victim.do("hang_in_copy")
+        victim.tell(do, keys=span(40, 1) if do == "put" else keys)
+
+        def busy() -> bool:
+            return any(w.reservations + w.leases > 1 for w in daemon.status().workers if w.pid == victim.process.pid)
+
+        eventually(busy if do == "take" else lambda: any(w.reservations for w in daemon.status().workers), 5)
+        victim.kill()
+        started = time.monotonic()
+        eventually(lambda: len(daemon.status().workers) == 1, 5)
+        assert time.monotonic() - started < 0.1 + 0.4, "within 100 ms, and the noise of a busy machine"
+    assert worker.do("exists", keys=span(40, 1)) == 0
+    assert sum(w.reservations for w in daemon.status().workers) == 0
+    assert daemon.faults() == []
+    assert daemon.status().tiers[0].pages == 40
+
+
+def test_two_workers_share_and_other_weights_do_not(daemon: Daemon, worker: PluginProcess) -> None:
+    keys = span(10)
+    worker.do("put", keys=keys)
+    with PluginProcess(daemon.socket) as same, PluginProcess(daemon.socket, "another revision") as other:
+        assert same.do("wait")
+        assert other.do("wait")
+        assert same.do("take", keys=keys) == ["right"] * 10
+        assert other.do("take", keys=keys) == ["miss"] * 10
+
+
+# -- memory goes bad ---------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_a_miss_a_counter_and_a_quarantine(daemon: Daemon, worker: PluginProcess) -> None:
+    keys = span(6)
+    worker.do("put", keys=keys)
+    raw = daemon.arena_path.read_bytes()
+    from tests.plugin_process import page_bytes
+
+    at = raw.index(page_bytes(keys[3], 0, 16)[:16])
+    with daemon.arena_path.open("r+b") as file:
+        file.seek(at + 5)
+        file.write(bytes([raw[at + 5] ^ 1]))
+    assert worker.do("take", keys=keys) == ["right"] * 3 + ["miss"] * 3
+    assert daemon.status().counters["corrupt_payload"] == 1
+    assert worker.do("exists", keys=keys) == 3
+    worker.do("put", keys=keys)
+    assert worker.do("take", keys=keys) == ["right"] * 6
+    assert daemon.faults() == []
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_of_another_protocol_is_told_so(daemon: Daemon) -> None:
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(str(daemon.socket))
+    peer.sendall(wire.frame(wire.Hello(99, "tool", "future")))
+    reply = wire.decode_from_daemon(peer.recv(4096)[4:])
+    peer.close()
+    assert isinstance(reply, wire.Refusal)
+    assert "protocol" in reply.reason
+    assert "same kvd version" in reply.hint
+
+
+def test_a_lease_table_that_could_kill_kvd_is_refused(daemon: Daemon) -> None:
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, 16384)
+    with pytest.raises((Unavailable, PeerError)):
+        Link(daemon.socket, "worker", "x", unsealed, 2.0)
+    os.close(unsealed)
+    assert daemon.status().pid
+
+
+def test_more_connections_than_allowed_are_refused_and_the_rest_served(tmp_path: Path) -> None:
+    with Daemon(tmp_path / "run", max_sessions=4) as daemon:
+        links = [daemon.tool() for _ in range(4)]
+        with pytest.raises(Unavailable):
+            daemon.tool()
+        for link in links:
+            link.close()
+        eventually(lambda: _reaches(daemon), 5)
+
+
+def _reaches(daemon: Daemon) -> bool:
+    try:
+        return bool(daemon.status().pid)
+    except Unavailable:
+        return False
+
+
+def test_a_lease_table_that_is_full_falls_back_to_asking(daemon: Daemon) -> None:
+    table = LeaseTable()
+    now = time.monotonic()
+    assert table.hold(tuple(range(1, 1025)), now, 10.0) is not None
+    assert table.hold((5000,), now, 10.0) is None
+    assert table.hold((5000,), now + 11, 10.0) is not None
+    table.close()

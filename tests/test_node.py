@@ -1,0 +1,321 @@
+"""The node against a plain model: any order of requests, deaths and restarts; right bytes or none, and no leak."""
+
+import hashlib
+import random
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from kvd import wire
+from kvd.daemon.node import Node
+from kvd.daemon.sessions import Session, Sessions
+from kvd.errors import PeerError, Refused
+from kvd.index import IndexReader, IndexWriter, Name, entries_for, index_bytes
+from kvd.pages import chain
+from kvd.storage.arena import SUPERBLOCK_BYTES, Arena
+
+EXTENT = 1 << 16
+PAGES = {2: 4096, 1: 9000}  # shards -> page bytes: two size classes, one of them in two shards
+
+
+def payload(namespace: bytes, key: bytes, shard: int, length: int) -> bytes:
+    """What that page must hold, always."""
+    return random.Random(namespace + key + bytes([shard])).randbytes(length)
+
+
+def namespace(n: int) -> bytes:
+    return hashlib.sha256(bytes([n])).digest()[:16]
+
+
+def spec(shards: int, shard: int = 0, n: int | None = None) -> wire.NamespaceSpec:
+    return wire.NamespaceSpec(namespace(shards if n is None else n), PAGES[shards], 4, shard, shards, "kv", "test")
+
+
+class World:
+    """A node over plain memory, with helpers that act as a worker would."""
+
+    def __init__(self, extents: int = 6) -> None:
+        self.memory = bytearray(SUPERBLOCK_BYTES + extents * EXTENT)
+        self.now = 100.0
+        self.sessions_made = 0
+        self.start()
+
+    def start(self) -> None:
+        """A new daemon over the same memory: after kill -9."""
+        entries = entries_for(4096)
+        self.index_memory = memoryview(bytearray(index_bytes(entries)))
+        arena = Arena(memoryview(self.memory), EXTENT)
+        self.node = Node(arena, IndexWriter(self.index_memory, entries, 1), Sessions())
+        self.reader = IndexReader(self.index_memory)
+        if arena.recognise():
+            arena.format()
+        else:
+            self.node.recover(arena.reopen(), self.now)
+
+    def session(self, *specs: wire.NamespaceSpec) -> Session:
+        self.sessions_made += 1
+        session = Session(self.sessions_made, self.sessions_made.to_bytes(16, "big"), 1, "worker", "t", self.now, None)
+        self.node.sessions.add(session)
+        self.node.join(session, list(specs))
+        return session
+
+    def reserve(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> wire.Reserved:
+        request = wire.ReservePages(1, ns, b"".join(keys), 10.0, parent)
+        return self.node.reserve(session, request, self.now)
+
+    def commit(self, session: Session, keys: list[bytes], reserved: wire.Reserved, ns: int = 0) -> int:
+        """Write the right bytes to every reserved place, and commit."""
+        s = session.namespaces[ns]
+        rows: list[bytes] = []
+        if not reserved.reservation:
+            return 0
+        for key, (offset, generation, verdict) in zip(keys, wire.RESERVED_ROW.iter_unpack(reserved.rows), strict=True):
+            if verdict == wire.WRITE:
+                data = payload(s.digest, key, s.shard, s.page_bytes)
+                self.memory[offset : offset + len(data)] = data
+                rows.append(wire.COMMIT_ROW.pack(offset, generation, xxhash.xxh3_128_digest(data)))
+        return self.node.commit(session, wire.CommitPages(1, reserved.reservation, b"".join(rows)), self.now).pages
+
+    def put(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> int:
+        return self.commit(session, keys, self.reserve(session, keys, parent, ns), ns)
+
+    def take(self, session: Session, keys: list[bytes], ns: int = 0, bad: bool = False) -> list[bool]:
+        """Lease, verify as a worker does, release. True where right bytes came."""
+        s = session.namespaces[ns]
+        leased = self.node.lease(session, wire.LeasePages(1, ns, b"".join(keys), 5.0), self.now)
+        got, wrong = [], []
+        for key, (offset, _, length, checksum) in zip(keys, wire.LEASED_ROW.iter_unpack(leased.rows), strict=True):
+            data = bytes(self.memory[offset : offset + length])
+            right = length > 0 and xxhash.xxh3_128_digest(data) == checksum
+            if right:
+                assert data == payload(s.digest, key, s.shard, s.page_bytes), "WRONG BYTES"
+            elif length:
+                wrong.append(sum(got) + len(wrong))
+            got.append(right)
+        if leased.lease:
+            self.node.release(session, leased.lease, wrong)
+        return got
+
+    def leading(self, keys: list[bytes], ns: bytes) -> int:
+        return self.reader.leading(Name.of(ns), [key.hex() for key in keys]).pages
+
+
+KEYS = [chain([n, *range(60)], 4) for n in range(4)]  # four conversations of 15 pages
+BRANCH = chain([*[0, *range(60)][:20], *range(900, 940)], 4)  # shares 5 pages with the first
+
+
+class NodeMachine(RuleBasedStateMachine):
+    """Workers put, take, stall and die; kvd restarts; time passes."""
+
+    sessions = Bundle("sessions")
+    open_writes = Bundle("open_writes")
+
+    @initialize()
+    def begin(self) -> None:
+        self.world = World()
+        self.alive: set[int] = set()
+
+    @rule(target=sessions, shard=st.sampled_from([0, 1]))
+    def connect(self, shard: int) -> Session:
+        session = self.world.session(spec(2, shard), spec(1))
+        self.alive.add(session.id)
+        return session
+
+    def _here(self, session: Session) -> bool:
+        return session.id in self.alive
+
+    @rule(
+        session=sessions, which=st.sampled_from([*KEYS, BRANCH]), start=st.integers(0, 14), ns=st.sampled_from([0, 1])
+    )
+    def put(self, session: Session, which: list[bytes], start: int, ns: int) -> None:
+        if self._here(session):
+            self.world.put(session, which[start:], which[start - 1] if start else b"", ns)
+
+    @rule(target=open_writes, session=sessions, which=st.sampled_from(KEYS), ns=st.sampled_from([0, 1]))
+    def reserve(self, session: Session, which: list[bytes], ns: int) -> Any:
+        if not self._here(session):
+            return None
+        return session, which, self.world.reserve(session, which, ns=ns), ns
+
+    @rule(write=consumes(open_writes))
+    def commit(self, write: Any) -> None:
+        if write and self._here(write[0]):
+            session, keys, reserved, ns = write
+            self.world.commit(session, keys, reserved, ns)
+
+    @rule(session=sessions, which=st.sampled_from([*KEYS, BRANCH]), ns=st.sampled_from([0, 1]))
+    def take(self, session: Session, which: list[bytes], ns: int) -> None:
+        if not self._here(session):
+            return
+        promised = self.world.leading(which, session.namespaces[ns].digest)
+        got = self.world.take(session, which, ns)
+        assert all(got[:promised]), "what the index says must be there"
+
+    @rule(session=sessions)
+    def die(self, session: Session) -> None:
+        if self._here(session):
+            self.alive.discard(session.id)
+            self.world.node.bury(session)
+            assert self.world.node.leases.counts(session.id) == (0, 0)
+
+    @rule(seconds=st.sampled_from([0.1, 4.0, 30.0, 90.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.now += seconds
+        self.world.node.tick(self.world.now)
+
+    @rule()
+    def restart(self) -> None:
+        before = {group.namespace + group.key for group in self.world.node.residency}
+        self.alive.clear()
+        self.world.start()
+        assert {group.namespace + group.key for group in self.world.node.residency} == before
+
+    @rule(offset=st.integers(0, 6 * EXTENT), value=st.integers(1, 255))
+    def flip_a_byte(self, offset: int, value: int) -> None:
+        self.world.memory[SUPERBLOCK_BYTES + offset - 1] ^= value
+        self.flipped = True
+
+    flipped = False
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        if not self.flipped:  # flipped bytes break headers; what must hold then is checked by `take`
+            assert self.world.node.faults() == []
+
+
+class HonestMachine(NodeMachine):
+    """Without flipped bytes, where all invariants must hold."""
+
+    flip_a_byte = None
+
+
+class FlippedMachine(NodeMachine):
+    """With flipped bytes a restart may lose pages, and never serves wrong ones."""
+
+    restart = None
+    take = None
+
+    @rule(session=NodeMachine.sessions, which=st.sampled_from([*KEYS, BRANCH]), ns=st.sampled_from([0, 1]))
+    def take_or_miss(self, session: Session, which: list[bytes], ns: int) -> None:
+        if self._here(session):
+            self.world.take(session, which, ns)
+
+    @rule()
+    def restart_with_losses(self) -> None:
+        self.alive.clear()
+        self.world.start()
+
+
+TestHonest = HonestMachine.TestCase
+TestHonest.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestFlipped = FlippedMachine.TestCase
+TestFlipped.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_eviction_takes_leaves_and_keeps_what_is_leased() -> None:
+    world = World(extents=2)
+    worker = world.session(spec(1))
+    first, second = KEYS[0], KEYS[1]
+    assert world.put(worker, first[:8]) == 8
+    leased = world.node.lease(worker, wire.LeasePages(1, 0, b"".join(first[:4]), 50.0), world.now)
+    for n in range(6):
+        world.now += 1
+        world.put(worker, chain([n, 7, *range(100 * n, 100 * n + 50)], 4))
+    assert world.node.counters["ram_evicted"] > 0
+    assert world.take(worker, first[:4]) == [True] * 4
+    assert world.leading(first, namespace(1)) >= 4
+    world.node.release(worker, leased.lease, [])
+    assert world.put(worker, second) > 0
+    assert world.node.faults() == []
+
+
+def test_a_page_reused_since_the_hand_passed_outlives_a_scan() -> None:
+    world = World(extents=2)
+    worker = world.session(spec(1))
+    hot = KEYS[0][:3]
+    world.put(worker, hot)
+    for n in range(12):
+        world.now += 1
+        world.take(worker, hot)
+        world.put(worker, chain([n, 3, *range(1000 * n, 1000 * n + 14)], 4))
+    assert world.node.counters["ram_evicted"] > 10
+    assert world.take(worker, hot) == [True] * 3
+
+
+def test_a_size_class_that_comes_late_gets_room() -> None:
+    world = World(extents=3)
+    worker = world.session(spec(1), spec(2, 0), spec(2, 1))
+    for n in range(3):
+        world.put(worker, chain([n, *range(60)], 4))
+    assert world.node.arena.free_extents == 0
+    world.now += 100
+    keys = KEYS[1][:4]
+    assert world.put(worker, keys, ns=1) == 4
+    assert world.put(worker, keys, ns=2) == 4
+    assert world.leading(keys, namespace(2)) == 4
+    assert world.node.faults() == []
+
+
+def test_a_stopped_workers_slots_come_back_and_its_late_commit_is_refused() -> None:
+    world = World()
+    slow, quick = world.session(spec(1)), world.session(spec(1))
+    keys = KEYS[0][:3]
+    reserved = world.reserve(slow, keys)
+    assert world.put(quick, keys) == 0, "they are being written by somebody"
+    world.now += 11
+    world.node.tick(world.now)
+    assert world.put(quick, keys) == 3
+    assert world.commit(slow, keys, reserved) == 0, "it wakes up, writes where it was told to once, and is too late"
+    assert world.node.counters["late_commits"] == 1
+    # Five slots to the extent: the third page lies where the sleeper wrote. Its checksum says so.
+    assert world.take(quick, keys) == [True, True, False]
+    assert world.put(quick, keys) == 1
+    assert world.take(quick, keys) == [True] * 3
+    assert world.node.faults() == []
+
+
+def test_a_damaged_page_is_quarantined_and_its_descendants_stay() -> None:
+    world = World()
+    worker = world.session(spec(1))
+    keys = KEYS[0][:6]
+    world.put(worker, keys)
+    leased = world.node.lease(worker, wire.LeasePages(1, 0, keys[2], 5.0), world.now)
+    offset = wire.LEASED_ROW.unpack(leased.rows)[0]
+    world.node.release(worker, leased.lease, [])
+    world.memory[offset + 17] ^= 1
+    assert world.take(worker, keys) == [True, True, False, True, True, True]
+    assert world.node.counters["corrupt_payload"] == 1
+    assert world.leading(keys, namespace(1)) == 2
+    assert world.take(worker, keys) == [True, True, False, True, True, True]
+    assert world.put(worker, keys) == 1
+    assert world.leading(keys, namespace(1)) == 6
+    assert world.node.faults() == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        wire.LeasePages(1, 9, bytes(32), 1.0),
+        wire.LeasePages(1, 0, b"", 1.0),
+        wire.LeasePages(1, 0, bytes(33), 1.0),
+        wire.LeasePages(1, 0, bytes(32), 1e9),
+        wire.LeasePages(1, 0, bytes(32), float("nan")),
+        wire.LeasePages(1, -1, bytes(32), 1.0),
+    ],
+)
+def test_requests_out_of_bounds_cost_the_peer_its_session(request_: wire.LeasePages) -> None:
+    world = World()
+    worker = world.session(spec(1))
+    with pytest.raises(PeerError):
+        world.node.lease(worker, request_, world.now)
+    assert world.node.faults() == []
+
+
+def test_a_page_larger_than_an_extent_is_refused_with_the_remedy() -> None:
+    world = World()
+    with pytest.raises(Refused, match="extent_bytes"):
+        world.session(wire.NamespaceSpec(bytes(16), EXTENT * 2, 4, 0, 1, "kv", "huge"))
