@@ -46,7 +46,7 @@ class Worker:
         self.plugin.register_mem_pool_host(self.pool)
 
     def wait(self) -> bool:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while not self.plugin.ready and time.monotonic() < deadline:
             time.sleep(0.005)
         return bool(self.plugin.ready)

@@ -14,6 +14,7 @@ app = typer.Typer(
     name="kvdctl",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help is text, wrapped to the terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

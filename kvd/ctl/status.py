@@ -41,7 +41,9 @@ def _facts(status: wire.Status) -> Iterator[tuple[str, str]]:
     yield "kvd", f"{status.version} at {status.socket}, pid {status.pid}, up {span(status.uptime_s)}"
     yield "arena", f"{status.arena}; {status.warm_pages} pages taken over at start"
     for tier in status.tiers:
-        used = f"{size(tier.bytes_used)} of {size(tier.bytes_total)} used ({percent(tier.bytes_used, tier.bytes_total)})"
+        used = (
+            f"{size(tier.bytes_used)} of {size(tier.bytes_total)} used ({percent(tier.bytes_used, tier.bytes_total)})"
+        )
         yield tier.name, f"{tier.pages:,} pages, {used}, {tier.free_extents} of {tier.extents} extents free"
         asked = tier.hits + tier.misses
         hits = f"{percent(tier.hits, asked)} of {asked:,} pages asked for" if asked else "nothing was asked for yet"

@@ -88,7 +88,7 @@ def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
 
 def walk(link: Link, progress: Progress) -> Verdict:
     """Visit every page held. Raises KvdError when the daemon goes away."""
-    verdict = Verdict(bad=[], faults=[])
+    verdict = Verdict()
     cursor, limit = 0, _BATCH
     while cursor >= 0:
         deadline = time.monotonic() + _BATCH_BUDGET_S
@@ -99,7 +99,9 @@ def walk(link: Link, progress: Progress) -> Verdict:
             link.send(wire.EndScan(scanned.lease, sorted(damaged or ())))
         if damaged is None:  # too slow, or this process was stopped for a while: again, with less at a time
             if limit == 1:
-                raise KvdError(f"one page takes longer than {_BATCH_BUDGET_S:.0f} s to read", "is the node out of CPU?")
+                raise KvdError(
+                    f"one page takes longer than {_BATCH_BUDGET_S:.0f} s to read", "is the node out of CPU?"
+                )
             limit = max(1, limit // 8)
             continue
         cursor = scanned.next
@@ -111,9 +113,7 @@ def walk(link: Link, progress: Progress) -> Verdict:
     return verdict
 
 
-def _read(
-    link: Link, rows: list[tuple[int, int, int, bytes, bytes, bytes]], deadline: float
-) -> dict[int, str] | None:
+def _read(link: Link, rows: list[tuple[int, int, int, bytes, bytes, bytes]], deadline: float) -> dict[int, str] | None:
     """What is wrong with which row; None when the deadline passed, and with it the promise of the lease."""
     damaged: dict[int, str] = {}
     with memoryview(link.arena) as arena:
@@ -131,7 +131,9 @@ def _show(verdict: Verdict) -> None:
     rate = f", {size(int(verdict.bytes / verdict.seconds))}/s" if verdict.seconds and verdict.bytes else ""
     print(f"{verdict.pages:,} pages, {size(verdict.bytes)} read in {verdict.seconds:.2f} s{rate}")
     for page in verdict.bad:
-        print(f"damaged {page.what}: page {page.key} of namespace {page.namespace}, at byte {page.offset}: quarantined")
+        print(
+            f"damaged {page.what}: page {page.key} of namespace {page.namespace}, at byte {page.offset}: quarantined"
+        )
     for fault in verdict.faults:
         print(f"kvd's bookkeeping: {fault}")
     if verdict.bad:

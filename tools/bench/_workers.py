@@ -35,6 +35,10 @@ class Task:
     count: int = 0
     rate: float = 0.0
 
+    @property
+    def name(self) -> str:
+        return f"{self.keys} {self.what}" if self.keys else f"bare {self.what} trip"
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -84,20 +88,26 @@ def worker(pipe: Connection, daemon: Daemon, folder: Path, held: Held) -> None:
     plugin.close()
 
 
-def mover(pipe: Connection, daemon: Daemon, pages: int, rate: float) -> None:
-    """Set and get batches of 1 MiB pages, `rate` pairs a second, between "go" and "halt"."""
+def mover(pipe: Connection, daemon: Daemon, held: Held, pages: int, rate: float) -> None:
+    """Set and get batches of 1 MiB pages, `rate` pairs a second, between "go" and "halt".
+
+    The arena is soon full, so each set evicts. The deepest page of every chain in `held` is read too, again and
+    again: else the daemon would rightly give up the small pages first, which only lookups ask for.
+    """
     pipe.recv()
-    pool = mha_pool(tokens=64, layers=32, heads=1, pages=pages)
-    plugin = attach(daemon, pool)
-    indices = slots(pool, range(pages))
+    large, small = mha_pool(tokens=64, layers=32, heads=1, pages=pages), small_pool()
+    storing, keeping = attach(daemon, large), attach(daemon, small, warm=False)
+    indices, one = slots(large, range(pages)), slots(small, [0])
     pipe.send("ready")
     while pipe.recv() == "go":
         done = 0
-        while not pipe.poll(max(0.0, 1 / rate)):
+        while not pipe.poll(1 / rate):
             keys = fresh_keys(pages)
-            assert all(plugin.batch_set_v1(keys, indices)), plugin.stats()
-            assert all(plugin.batch_get_v1(keys, indices)), plugin.stats()
+            assert all(storing.batch_set_v1(keys, indices)), storing.stats()
+            assert all(storing.batch_get_v1(keys, indices)), storing.stats()
+            assert all(keeping.batch_get_v1([chain[-1]], one) == [True] for chain in (*held.chains, held.long))
             done += 1
+        pipe.recv()  # "halt"
         pipe.send(done)
 
 

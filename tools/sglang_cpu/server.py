@@ -25,14 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPResponse
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-HOST = "127.0.0.1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is also run as the guard
+
+from tools.sglang_cpu.endpoint import HOST, Endpoint, RequestRefused
+
 PORTS = range(20_000, 32_000)  # below the kernel's ephemeral range: nobody's client socket takes one
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_BY_SGLANG = ("sglang_", "sgl_shm_", "torch_", "psm_", "sem.mp-")  # names it and its libraries give
@@ -49,15 +51,6 @@ LAYOUTS = (
 
 class ServerFailed(RuntimeError):
     """The server died, or did not get ready or quiet in time; ends with the tail of its log."""
-
-
-class RequestRefused(RuntimeError):
-    """The server answered, and not with 200."""
-
-    def __init__(self, what: str, status: int, body: str) -> None:
-        super().__init__(f"{what}: HTTP {status}: {body[:2000]}")
-        self.status = status
-        self.body = body
 
 
 @dataclass(frozen=True)
@@ -87,40 +80,7 @@ class HiCache:
         return json.dumps({"prefetch_threshold": self.prefetch_threshold, **self.extra_config})
 
 
-@dataclass(frozen=True)
-class Cached:
-    """Prompt tokens that were not computed, by where SGLang found them."""
-
-    device: int = 0
-    host: int = 0
-    storage: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.device + self.host + self.storage
-
-
-@dataclass(frozen=True)
-class Generation:
-    output_ids: list[int]
-    text: str
-    prompt_tokens: int
-    cached: Cached
-    ttft_s: float  # from sending the request to the first chunk that carries a token
-    total_s: float
-    meta_info: Mapping[str, Any] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class ChatReply:
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    total_s: float
-
-
-class SglangServer:
+class SglangServer(Endpoint):
     def __init__(
         self,
         venv: Path,
@@ -140,8 +100,7 @@ class SglangServer:
         self.venv = venv.absolute()
         self.model = model.absolute()
         self.log = log.absolute()
-        self.port = port or free_port()
-        self.admin_key = secrets.token_hex(8)
+        super().__init__(port or free_port(), secrets.token_hex(8), str(self.model))
         self.ready_timeout_s = ready_timeout_s
         self._hicache = hicache
         self._settings = {
@@ -251,60 +210,6 @@ class SglangServer:
 
     # Requests
 
-    def generate(
-        self,
-        *,
-        input_ids: Sequence[int] | None = None,
-        text: str | None = None,
-        max_new_tokens: int = 8,
-        timeout_s: float = 300.0,
-        **fields: Any,
-    ) -> Generation:
-        """Greedy, always `max_new_tokens` long; `fields` go into the request as they are (`rid`...)."""
-        assert (input_ids is None) != (text is None), "give input_ids or text"
-        prompt = {"text": text} if input_ids is None else {"input_ids": list(input_ids)}
-        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        body = {**prompt, "sampling_params": sampling, "stream": True, **fields}
-        begin = time.monotonic()
-        first_s: float | None = None
-        last: dict[str, Any] = {}
-        for chunk in self._stream("/generate", body, timeout_s):
-            last = chunk
-            if first_s is None and chunk.get("output_ids"):
-                first_s = time.monotonic() - begin
-        if first_s is None:
-            raise ServerFailed(f"/generate ended without a token: {last}\n{self.log_tail()}")
-        meta = last["meta_info"]
-        return Generation(
-            output_ids=last["output_ids"],
-            text=last.get("text", ""),
-            prompt_tokens=meta["prompt_tokens"],
-            cached=cached_by_tier(meta),
-            ttft_s=first_s,
-            total_s=time.monotonic() - begin,
-            meta_info=meta,
-        )
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        max_tokens: int = 64,
-        timeout_s: float = 300.0,
-        **fields: Any,
-    ) -> ChatReply:
-        body = {"model": str(self.model), "messages": list(messages), "max_tokens": max_tokens}
-        begin = time.monotonic()
-        greedy = {**body, "temperature": 0, **fields}
-        reply = json.loads(self.request("POST", "/v1/chat/completions", greedy, timeout_s))
-        usage = reply["usage"]
-        return ChatReply(
-            text=reply["choices"][0]["message"]["content"],
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
-            total_s=time.monotonic() - begin,
-        )
-
     def flush_cache(self, timeout_s: float = 60.0) -> None:
         """Empty the device and host caches. SGLang refuses while storage work is pending: keep asking."""
         self._until(lambda: self._agrees("POST", "/flush_cache"), timeout_s, "would not flush its cache")
@@ -327,11 +232,6 @@ class SglangServer:
 
     def detach_storage(self) -> None:
         self.request("DELETE", "/hicache/storage-backend")
-
-    def request(self, method: str, path: str, body: object = None, timeout_s: float = 60.0) -> str:
-        """Any other endpoint: the text of a 200 answer, else RequestRefused."""
-        with self._answer(method, path, body, timeout_s) as answer:
-            return answer.read().decode()
 
     # Inside
 
@@ -380,34 +280,6 @@ class SglangServer:
             if time.monotonic() > deadline:
                 raise ServerFailed(f"{self!r} {otherwise} after {timeout_s:.0f} s:\n{self.log_tail()}")
             time.sleep(0.2)
-
-    @contextlib.contextmanager
-    def _answer(self, method: str, path: str, body: object, timeout_s: float) -> Iterator[HTTPResponse]:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.admin_key}"}
-        with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            if answer.status != http.client.OK:
-                said = answer.read().decode(errors="replace")
-                raise RequestRefused(f"{method} {path}", answer.status, said)
-            yield answer
-
-    def _stream(self, path: str, body: object, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """Server-sent events, each a JSON object that holds everything so far."""
-        with self._answer("POST", path, body, timeout_s) as answer:
-            for line in answer:
-                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                    continue
-                chunk: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-                if "error" in chunk:
-                    raise RequestRefused(f"POST {path}", answer.status, json.dumps(chunk["error"]))
-                yield chunk
-
-
-def cached_by_tier(meta_info: Mapping[str, Any]) -> Cached:
-    tiers = meta_info.get("cached_tokens_details") or {}
-    return Cached(**{tier: int(tiers.get(tier) or 0) for tier in ("device", "host", "storage")})
 
 
 def free_port() -> int:

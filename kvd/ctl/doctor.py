@@ -1,0 +1,72 @@
+"""`kvdctl doctor`: proves the whole path on this node, and says how to repair what is broken.
+
+Changes nothing that lasts. Never hangs: every check has a deadline of its own.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from kvd.ctl.checks import attached, memory, processes, reach, trip
+from kvd.ctl.checks.finding import STEP_S, Finding, within, worst
+from kvd.ctl.terminal import FINE, NO_DAEMON, WRONG, JsonOption, SocketOption, printable, show_json, socket_path
+
+_STYLES = {"green": typer.colors.GREEN, "yellow": typer.colors.YELLOW, "red": typer.colors.RED}
+
+
+def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
+    """Prove that the cache works on this node; each line that is not green says what to do.
+
+    Asks the daemon, sends one page through it and compares what comes back, then looks at every attached worker,
+    at SGLang processes that should be attached and are not, and at the memory. It can run at any time: the page
+    it sends is removed again.
+
+    \b
+    Examples:
+      kvdctl doctor
+      kvdctl doctor --socket /run/kvd/kvd.sock
+      kvdctl doctor --json | jq '.checks[] | select(.level != "green")'
+
+    \b
+    Exit status: 0 nothing is red, 1 something is red, 2 wrong usage, 3 no daemon reachable.
+    """
+    path = socket_path(socket)
+    findings, answered = diagnose(path)
+    level = worst(findings)
+    if as_json:
+        show_json({"socket": str(path), "level": level, "checks": findings})
+    else:
+        for finding in findings:
+            _show(finding)
+        counts = {name: sum(f.level == name for f in findings) for name in ("red", "yellow", "green")}
+        print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    raise typer.Exit(NO_DAEMON if not answered else WRONG if level == "red" else FINE)
+
+
+def diagnose(path: Path) -> tuple[list[Finding], bool]:
+    """All findings, and whether kvd answered: without an answer there is little else to look at."""
+    seen = reach.Seen()
+    findings = within(STEP_S, reach.CHECK, lambda: reach.reach(path, seen))
+    status = seen.status
+    if status is None:
+        return findings + ([] if seen.answered else within(STEP_S, "room", memory.room_to_start)), seen.answered
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        (trip.CHECK, lambda: trip.trip(path, status)),
+        (attached.CHECK, lambda: attached.workers(status)),
+        (processes.CHECK, lambda: processes.processes(path, status)),
+        ("arena", lambda: memory.arena(status)),
+        ("room", lambda: memory.room(status)),
+        ("memlock", lambda: memory.memlock(status)),
+        ("damage", lambda: memory.damage(status)),
+        ("warning", lambda: memory.warnings(status)),
+    ]
+    for name, check in checks:
+        findings += within(STEP_S, name, check)
+    return findings, True
+
+
+def _show(finding: Finding) -> None:
+    level = typer.style(f"{finding.level:<6}", fg=_STYLES[finding.level])
+    remedy = f" -> {finding.remedy}" if finding.remedy else ""
+    typer.echo(f"{level} {finding.check:<9} {printable(finding.message + remedy)}")

@@ -1,0 +1,1 @@
+"""`make demo`: what kvd is for, shown on real servers."""
