@@ -16,11 +16,11 @@ _STYLES = {"green": typer.colors.GREEN, "yellow": typer.colors.YELLOW, "red": ty
 
 
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
-    """Prove that the cache works on this node; each line that is not green says what to do.
+    """Prove that the cache works on this node.
 
     Asks the daemon, sends one page through it and compares what comes back, then looks at every attached worker,
-    at SGLang processes that should be attached and are not, and at the memory. It can run at any time: the page
-    it sends is removed again.
+    at SGLang processes that should be attached and are not, and at the memory. Each line that is not green says
+    what to do. It can run at any time: the page it sends is removed again, and no check takes longer than 3 s.
 
     \b
     Examples:

@@ -18,7 +18,9 @@ from kvd.ctl.terminal import (
 
 
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
-    """Show the daemon at a glance: memory, hits, workers, counters, warnings.
+    """Show the daemon at a glance.
+
+    Memory, hits, workers, what the daemon counted since it started, and what it warns of.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from kvd.errors import KvdError, Unavailable
 from kvd.places import SOCKET, run_dir
 
 FINE, WRONG, NO_DAEMON = 0, 1, 3  # 2 is the command line's own: wrong usage
-TIMEOUT_S: Final = 3.0  # a healthy daemon answers in milliseconds
+TIMEOUT_S: Final = 2.0  # a healthy daemon answers in milliseconds
 
 SocketOption = Annotated[
     Path | None,

@@ -17,7 +17,7 @@ _COLUMNS = ("tier", "used", "total", "full", "pages", "hits", "misses", "hit rat
 
 
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
-    """Show how full each tier is, and how often it was of use.
+    """Show how full and how useful each tier is.
 
     An extent is the unit of memory that one page size gets at a time. Hits and misses count pages, since kvd
     started.

@@ -16,7 +16,7 @@ _COLUMNS = ("pid", "worker", "shard", "pools", "attached", "circuit", "pages rea
 
 
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
-    """Show the attached workers, one line per rank.
+    """Show the attached workers, rank by rank.
 
     A circuit is closed while kvd answers that worker in time. While it is open the worker computes everything
     itself; "off" means that the plugin found a reason not to cache this worker at all. The JSON has all counters

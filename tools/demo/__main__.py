@@ -67,7 +67,7 @@ class Demo:
         def converse(target: SglangServer) -> Ask:
             return lambda **fields: target.chat(chat, NEW_TOKENS, **fields)
 
-        self._prompts = {"/generate": generate, "/v1/chat/completions, 2nd turn": converse}
+        self._prompts = {"generate": generate, "chat, 2nd turn": converse}
 
     def measure(self, what: str, server: SglangServer, tier: str) -> None:
         """Send both requests; `tier` is where the prefix must come from, or "" for nowhere."""
@@ -102,25 +102,25 @@ class Demo:
         for make in self._prompts.values():
             make(a)()
         self.step("again: worker A's own cache")
-        self.measure("worker's own cache", a, "device")
+        self.measure("worker's own device cache", a, "device")
         self.step("flush_cache on worker A: now only kvd has the pages")
         a.flush_cache()
-        self.measure("kvd, after flush_cache", a, "storage")
+        self.measure("kvd: after /flush_cache", a, "storage")
         self.step("worker B, which never saw these prompts")
-        self.measure("kvd, on the other worker", b, "storage")
+        self.measure("kvd: on the other worker", b, "storage")
         self.step("kill -9 worker A and start it again")
         a.kill()
         a.start()
         a.wait_ready()
         kvd.wait_for_workers(2)
         a.chat([{"role": "user", "content": "Hello"}], 4)
-        self.measure("kvd, after the worker was killed", a, "storage")
+        self.measure("kvd: worker killed, restarted", a, "storage")
         self.step("kill -9 kvd and start it again")
         kvd.kill()
         kvd.start()
         kvd.wait_for_workers(2)
         a.flush_cache()
-        self.measure("kvd, after kill -9 of kvd", a, "storage")
+        self.measure("kvd: kvd killed -9, restarted", a, "storage")
 
     @property
     def fine(self) -> bool:
@@ -129,9 +129,9 @@ class Demo:
     def table(self) -> Table:
         table = Table(title="SmolLM2-135M on SGLang 0.5.23, two workers on this machine's CPU", title_justify="left")
         for name in ("prefix from", "request"):
-            table.add_column(name)
-        for name in ("prompt", "TTFT", "device", "host", "kvd", "speed-up", "same output"):
-            table.add_column(name, justify="right")
+            table.add_column(name, no_wrap=True)
+        for name in ("prompt", "TTFT", "device", "host", "kvd", "vs cold", "same output"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             hit = "" if row.hit_as_expected else " [red](hit missing)[/]"
             cached = (str(n or "") for n in (row.cached.device, row.cached.host, row.cached.storage))
@@ -149,6 +149,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, progress on stderr")
     arguments = parser.parse_args()
     console = Console(stderr=arguments.json, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     demo, kvd = Demo(console), Kvd()
     with contextlib.ExitStack() as stack:
         stack.callback(kvd.stop)
@@ -161,8 +163,8 @@ def main() -> int:
         else:
             console.print(demo.table())
             console.print(
-                "Cached tokens by where they came from. On a CPU, attention is computed over cached tokens too: read kvd "
-                "against the worker's own cache first, then against cold. On a GPU the gap to cold is wider."
+                "Cached tokens by where they came from; chat is /v1/chat/completions. On a CPU, attention is computed "
+                "over cached tokens too: read kvd against the worker's own cache first, then against cold."
             )
         if not demo.fine:
             console.print(f"[red]An output differed or a hit is missing.[/] Logs: {LOGS}")

@@ -1,27 +1,28 @@
-"""Real text for the demo: questions about modules of Python's standard library, whose documentation is on every machine."""
+"""Real text for the demo: chapters of the Python reference, which is on every machine that has Python."""
 
-import importlib
-import inspect
+from pydoc_data.topics import topics
 
 Messages = list[dict[str, str]]
 
 
-def documentation(module: str, characters: int) -> str:
-    """The beginning of what a module says about itself."""
-    return inspect.cleandoc(importlib.import_module(module).__doc__ or "")[:characters]
+def chapter(name: str, characters: int) -> str:
+    """The beginning of a chapter, as `help()` shows it."""
+    return str(topics[name]).strip()[:characters]
 
 
 def question() -> str:
-    """One long prompt for /generate, about 1,200 tokens."""
-    text = documentation("pickletools", 900) + "\n\n" + documentation("decimal", 3200)
-    return f"Read this documentation of two Python modules.\n\n{text}\n\nIn one sentence, the first module is for"
+    """One long prompt for /generate, about 1,300 tokens."""
+    text = chapter("try", 5200)
+    return f"Read this chapter of a reference manual.\n\n{text}\n\nIn one sentence, this chapter says that"
 
 
 def conversation() -> tuple[Messages, str]:
     """The first turn of a chat, and what the user says next; about 900 tokens together with the answer."""
-    system = "You answer questions about the following Python module in one short sentence.\n\n"
     first: Messages = [
-        {"role": "system", "content": system + documentation("textwrap", 500) + documentation("optparse", 2400)},
-        {"role": "user", "content": "What is this module good for?"},
+        {
+            "role": "system",
+            "content": "You answer questions about this text in one short sentence.\n\n" + chapter("with", 3000),
+        },
+        {"role": "user", "content": "What is this statement good for?"},
     ]
-    return first, "And which of its parts would you use first, and why?"
+    return first, "And when would you rather not use it?"
