@@ -174,6 +174,7 @@ class Daemon:
             killed = process.returncode == -signal.SIGKILL
             leftovers = [str(p) for p in (self.arena_path, self.socket, self.folder / DATA_SOCKET) if p.exists()]
             self.arena_path.unlink(missing_ok=True)
+        assert "Traceback" not in self.log.read_text(), self.log.read_text()
         if not killed:
             assert process.returncode == 0, f"kvd ended with {process.returncode}: {self.log.read_text()}"
             assert not leftovers, f"kvd left {leftovers}"

@@ -28,9 +28,9 @@ LimitOption = Annotated[
 def command(limit: LimitOption = 100, socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """List the prefixes that kvd holds.
 
-    Each is a chain of pages, named by the key of its deepest one. Prefixes that begin alike share their first pages, so the sizes may add up to more than the arena holds.
-    The tables show the head of each key, the JSON all of it. Tokens are 0 where no worker of that model has
-    attached since kvd started.
+    Each is a chain of pages, named by the key of its deepest one. Prefixes that begin alike share their first
+    pages, so the sizes may add up to more than the arena holds. The table shows the head of each key, the JSON all
+    of it. Tokens are 0 where no worker of that model has attached since kvd started.
 
     \b
     Examples:

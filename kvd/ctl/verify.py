@@ -61,9 +61,9 @@ class Verdict(msgspec.Struct):
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Check every page against its checksum.
 
-    Then lets kvd check its own bookkeeping. Runs beside the workers: a batch of pages at a time is protected from eviction, nothing else changes. A
-    damaged page is quarantined (never served again, workers recompute it), so a second run is clean unless memory
-    goes on failing. Pages stored while it runs may not be visited.
+    Then lets kvd check its own bookkeeping. Runs beside the workers: a batch of pages at a time is protected from
+    eviction, nothing else changes. A damaged page is quarantined (never served again, workers recompute it), so a
+    second run is clean unless memory goes on failing. Pages stored while it runs may not be visited.
 
     \b
     Examples:

@@ -2,8 +2,7 @@
 
 import secrets
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,7 @@ from kvd.sidecar.hicache import KvdStorage
 from kvd.sidecar.memory import map_pages
 from tests.harness import Daemon, eventually
 from tests.sglang_controller.pools import MHATokenToKVPoolHost, MLATokenToKVPoolHost, page_slots
-
-MIB = 1 << 20
+from tools.bench._table import MIB
 
 
 @contextmanager
@@ -65,13 +63,15 @@ def page_bytes(pool: Any) -> int:
     return int(pool.size_per_token) * int(pool.page_size)
 
 
-def attach(daemon: Daemon, pool: Any, mla: bool = False, warm: bool = True, **settings: object) -> KvdStorage:
+def attach(
+    daemon: Daemon, pool: Any, mla: bool = False, warm: bool = True, settings: Mapping[str, int] | None = None
+) -> KvdStorage:
     """A plugin as SGLang makes it, ready for calls; its mapping of the arena is warm unless told otherwise."""
     config = SimpleNamespace(
         tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=mla,
         is_page_first_layout=True, model_name="bench", enable_storage_metrics=False,
         extra_config={
-            "interface_v1": 1, "kvd": {"socket": str(daemon.socket), "weights_id": "bench", **settings},
+            "interface_v1": 1, "kvd": {"socket": str(daemon.socket), "weights_id": "bench", **(settings or {})},
         },
     )  # fmt: skip
     plugin = KvdStorage(config, {})
@@ -118,10 +118,3 @@ def empty(daemon: Daemon) -> None:
         eventually(lambda: link.ask(wire.GetStatus(), wire.Status, 5.0).tiers[0].pages == 0, 10, "the arena is empty")
     finally:
         link.close()
-
-
-def timed(call: Any, *arguments: Any) -> tuple[float, Any]:
-    """Seconds a call took, and what it returned."""
-    started = time.perf_counter()
-    result = call(*arguments)
-    return time.perf_counter() - started, result

@@ -24,7 +24,8 @@ class FileStore:
         fields = HiCacheStorageConfig.__dataclass_fields__
         known: dict[str, Any] = {
             "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1,
-            "is_mla_model": False, "enable_storage_metrics": False, "is_page_first_layout": True, "model_name": "bench",
+            "is_mla_model": False, "enable_storage_metrics": False, "is_page_first_layout": True,
+            "model_name": "bench",
         }  # fmt: skip
         self.folder = folder
         self.backend = HiCacheFile(

@@ -11,13 +11,17 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
 
+R = TypeVar("R")
 Run = Callable[[int], Mapping[str, float]]  # round number -> {figure: value}
 
 
@@ -67,6 +71,13 @@ class Samples:
         if not ours or not theirs:
             return None
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def timed(call: Callable[..., R], *arguments: Any) -> tuple[float, R]:
+    """Seconds a call took, and what it returned."""
+    started = time.perf_counter()
+    result = call(*arguments)
+    return time.perf_counter() - started, result
 
 
 def interleave(cases: Sequence[Run], rounds: int, warm_up: int = 1) -> Samples:

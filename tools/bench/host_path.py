@@ -15,7 +15,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ import numpy as np
 from kvd.sidecar.copier import Copier, unchecked
 from kvd.sidecar.hicache import KvdStorage
 from tests.harness import Daemon
-from tools.bench._kvd import (
-    MIB, attach, empty, fresh_keys, mha_pool, mla_pool, page_bytes, running_daemon, scratch, slots, timed,
-)  # fmt: skip
+from tools.bench._kvd import attach, empty, fresh_keys, mha_pool, mla_pool, page_bytes, running_daemon, scratch, slots
 from tools.bench._peers import MOONCAKE, Missing, Peer, file_peer, mooncake_peer
-from tools.bench._table import Options, Run, Samples, Table, finish, interleave, options, progress, spread
+from tools.bench._table import MIB, Options, Run, Samples, Table, finish, interleave, options, progress, spread, timed
 
 PAGES = 128
 POOLS: dict[str, Callable[[], Any]] = {
@@ -58,9 +56,8 @@ def main() -> None:
         for key, reference in (("memcpy", "memcpy"), ("mooncake", "mooncake"), ("file", "sglang file"))
         for what in ("set", "get")
     }
-    table.notes.append(
-        f"memcpy, 2 threads at {KEY}: kvd set is {_times(one.ratio('kvd set', 'memcpy 2t set'))} of it, get {_times(one.ratio('kvd get', 'memcpy 2t get'))}"
-    )
+    both = [_times(one.ratio(f"kvd {what}", f"memcpy 2t {what}")) for what in ("set", "get")]
+    table.notes.append(f"{KEY}, of memcpy with 2 threads: kvd set {both[0]}, get {both[1]}")
     figures = {
         f"{size} {name}": round(one_size.median(name) or 0, 3)
         for size, one_size in results.items()
@@ -84,10 +81,11 @@ def _start_peers(stack: ExitStack, folder: Path, wanted: Options, table: Table) 
     )
     table.notes.append(f"mooncake: {MOONCAKE}, loopback TCP, one object a page, registered buffers")
     store = stack.enter_context(scratch(file_dir))
-    for name, start in (
-        ("sglang file", lambda: file_peer(folder, store)),
-        ("mooncake", lambda: mooncake_peer(folder, 2 * PAGES * 3 * MIB)),
-    ):
+    starts: dict[str, Callable[[], AbstractContextManager[Peer]]] = {
+        "sglang file": lambda: file_peer(folder, store),
+        "mooncake": lambda: mooncake_peer(folder, 2 * PAGES * 3 * MIB),
+    }
+    for name, start in starts.items():
         try:
             peers[name] = stack.enter_context(start())
         except (Missing, StopIteration) as why:
@@ -103,11 +101,11 @@ def _measure(size: str, pool: Any, folder: Path, peers: dict[str, Peer], wanted:
         daemon = stack.enter_context(running_daemon(folder, arena_mib))
         mla = "MLA" in size
         cases = [_memcpy("memcpy", pool, 1), _memcpy("memcpy 2t", pool, 2)]
-        variants: list[tuple[str, dict[str, object]]] = [("kvd", {}), ("kvd 1 thread", {"copy_threads": 1})]
+        variants: list[tuple[str, dict[str, int]]] = [("kvd", {}), ("kvd 1 thread", {"copy_threads": 1})]
         if size == KEY:
             variants.append(("kvd, no checksum", {}))
         for name, settings in variants:
-            plugin = attach(daemon, pool, mla, **settings)
+            plugin = attach(daemon, pool, mla, settings=settings)
             stack.callback(plugin.close)
             if "no checksum" in name:
                 _without_checksums(plugin)

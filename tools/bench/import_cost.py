@@ -36,7 +36,8 @@ had = {name.partition(".")[0] for name in sys.modules}
 started = time.perf_counter()
 import kvd.sidecar.hicache as plugin
 took = time.perf_counter() - started
-added = sorted({name.partition(".")[0] for name in sys.modules} - had - set(sys.stdlib_module_names))
+new = {name.partition(".")[0] for name in sys.modules} - had - set(sys.stdlib_module_names)
+added = sorted(name for name in new if not name.startswith(("_", "cython_runtime")))
 print(json.dumps({"ms": 1000 * took, "added": added, "file": plugin.__file__}))
 """
 
@@ -75,13 +76,13 @@ def main() -> None:
     cases: list[Run] = [partial(here.measure, "bare", ())]
     if there is not None:
         cases += [partial(there.measure, "worker", (WORKER,)), partial(there.measure, "cold", ())]
-    samples = interleave(cases, wanted.rounds(2, 7))
+    samples = interleave(cases, wanted.rounds(2, 7), warm_up=0 if wanted.quick else 1)
     added = {**here.added, **(there.added if there is not None else {})}
     for name, words in NAMES.items():
-        packages = ", ".join(added[name][:8]) + (f" and {len(added[name]) - 8} more" if len(added[name]) > 8 else "") if name in added else "missing"
-        table.add(words, spread(samples.rounds.get(name), 1), packages)
+        table.add(words, spread(samples.rounds.get(name), 1), _few(added[name]) if name in added else "missing")
     if there is not None:
-        table.notes.append(f"measured {'this checkout' if there.file.startswith(str(ROOT / 'kvd')) else 'the kvd installed there'}")
+        checkout = Path(there.file).is_relative_to(ROOT / "kvd")
+        table.notes.append("this checkout, by PYTHONPATH" if checkout else "the kvd installed in .venvs/sglang")
     figures = {
         "import_ms": samples.median("worker"),
         "import_cold_ms": samples.median("cold"),
@@ -91,6 +92,11 @@ def main() -> None:
     finish("import_cost", table, wanted, {}, figures)
     if surplus := set(added.get("worker", ())) - ALLOWED:
         sys.exit(f"the plugin brings packages a worker does not have: {', '.join(sorted(surplus))}")
+
+
+def _few(packages: list[str]) -> str:
+    more = len(packages) - 6
+    return ", ".join(packages[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def _worker_environment() -> Imports:

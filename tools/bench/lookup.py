@@ -21,8 +21,8 @@ from functools import partial
 import torch
 
 from tests.harness import Daemon, eventually
-from tools.bench._kvd import MIB, attach, fresh_keys, scratch, slots
-from tools.bench._table import Options, Run, Samples, Table, finish, interleave, options, progress, spread
+from tools.bench._kvd import attach, fresh_keys, scratch, slots
+from tools.bench._table import MIB, Options, Run, Samples, Table, finish, interleave, options, progress, spread
 from tools.bench._workers import Held, Process, Task, mover, small_pool, unix_echo, worker, zmq_echo
 
 WORKERS = 8
@@ -119,7 +119,9 @@ def _report(samples: Samples, times: dict[str, list[float]], wanted: Options) ->
             cells += [spread(samples.rounds[name], 1), f"{_p99(times[name]):.0f}"] if measured else ["", ""]
         table.add(task.name, *cells)
     moved = [batches for name, rounds in samples.rounds.items() if name.startswith("moved") for batches in rounds]
-    table.notes.append(f"loaded: {MOVED_PAGES} pages of 1 MiB set and got {statistics.median(moved):.0f} times a case and round")
+    table.notes.append(
+        f"loaded: {MOVED_PAGES} pages of 1 MiB set and got {statistics.median(moved):.0f} times a case and round"
+    )
     figures = {f"{name} p50_us": round(samples.median(name) or 0, 1) for name in times}
     figures |= {f"{name} p99_us": round(_p99(values), 1) for name, values in times.items()}
     figures["p99_ms"] = round(_p99(times["loaded 512 hit"]) / 1000, 3)

@@ -1,0 +1,79 @@
+"""Settings: what is unknown, malformed or contradictory refuses to start, and names itself and the remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvd.errors import SettingsError
+from kvd.settings import load_daemon_settings
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KVD_RUN_DIR", "KVD_ARENA__SIZE_BYTES", "KVD_ARENA__EXTENT_BYTES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_it_starts_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_daemon_settings(None, {})
+    assert settings.arena.size_bytes == 2 << 30
+    with pytest.raises(ValueError, match="frozen"):
+        settings.max_sessions = 3  # type: ignore[misc]
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kvd.toml"
+    file.write_text("max_sessions = 7\n[arena]\nsize_bytes = 134217728\nkeep_on_stop = true\n")
+    monkeypatch.setenv("KVD_ARENA__SIZE_BYTES", "268435456")
+    settings = load_daemon_settings(file, {"KVD_ARENA__SIZE_BYTES": "268435456"})
+    assert (settings.max_sessions, settings.arena.size_bytes, settings.arena.keep_on_stop) == (7, 268435456, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("max_sesions = 7", "max_sesions"),
+        ("[arena]\nsize = 5", "arena.size"),
+        ("[arena]\nsize_bytes = 5", "size_bytes must hold"),
+        ("[arena]\nextent_bytes = 5000", "extent_bytes must be"),
+        ("log_level = 'loud'", "log_level"),
+        ("max_sessions = 0", "max_sessions"),
+        ("= 5", "not TOML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, names: str) -> None:
+    file = tmp_path / "kvd.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_daemon_settings(file, {})
+    assert names in str(caught.value)
+    assert caught.value.hint
+
+
+def test_an_unknown_variable_is_refused() -> None:
+    with pytest.raises(SettingsError, match="KVD_ARENA_SIZE"):
+        load_daemon_settings(None, {"KVD_ARENA_SIZE": "5"})
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"/nowhere/kvd\.toml"):
+        load_daemon_settings(Path("/nowhere/kvd.toml"), {})
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"KVD_NONSENSE": "1"}, "KVD_NONSENSE"),
+        ({"KVD_RUN_DIR": "/proc/nowhere"}, "/proc/nowhere"),
+        ({"KVD_ARENA__PATH": "/nowhere/x.arena"}, "/nowhere/x.arena"),
+        ({"KVD_ARENA__SIZE_BYTES": str(1 << 50)}, "MiB left"),
+    ],
+)
+def test_kvd_itself_ends_with_78_and_one_line(tmp_path: Path, variables: dict[str, str], says: str) -> None:
+    env = {"PATH": "/usr/bin", "KVD_RUN_DIR": str(tmp_path / "run"), **variables}
+    done = subprocess.run([sys.executable, "-m", "kvd.main"], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 78
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,0 +1,107 @@
+"""The messages' bytes: what an older or newer peer will see. Golden files are per release and never edited.
+
+To add a message: run with KVD_WRITE_GOLDEN=1 and look at the difference. A changed line means that peers of the
+previous release cannot talk to this one: then PROTOCOL must change too.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvd import wire
+
+GOLDEN = Path(__file__).parent / "golden" / f"wire-{wire.PROTOCOL}.json"
+KEY, TICKET = bytes(range(32)), bytes(range(16))
+SPEC = wire.NamespaceSpec(TICKET, 1 << 20, 64, 1, 2, "kv", "model rank 1/2", bytes(16))
+TIER = wire.TierStatus("ram", 1 << 30, 1 << 20, 1, 2, 3, 4, 5, 6, 7)
+WORKER = wire.WorkerStatus(3, 4242, "model rank 0/1", 1.5, ["kv"], "1/1", "closed", 1, 0, {"get_pages": 2})
+SAMPLES: list[wire.Message] = [
+    wire.Hello(1, "worker", "model rank 0/1"),
+    wire.Join([SPEC]),
+    wire.Ping(7),
+    wire.Report("open: kvd does not answer", {"circuit_trips": 1}),
+    wire.GetStatus(),
+    wire.GetPrefixes(10),
+    wire.Scan(1, 64),
+    wire.EndScan(9, [0, 3]),
+    wire.Check(),
+    wire.Welcome(1, 5, 3, TICKET, "ipc:///run/kvd/kvd.data", 1 << 30, 1 << 20, "0.1.0"),
+    wire.Joined([0, 1]),
+    wire.Pong(7, 1 << 20),
+    wire.Refusal("no", "do this", 4),
+    wire.Status(
+        "0.1.0",
+        5,
+        77,
+        1.5,
+        "/run/kvd/kvd.sock",
+        "memfd",
+        3,
+        [TIER],
+        [WORKER],
+        {"ram_hits": 2},
+        1 << 20,
+        -1,
+        ["H100"],
+        [],
+    ),
+    wire.Prefixes([wire.Prefix("00", "model kv", "ff", 2, 128, 4096, 0.5, True)], 1),
+    wire.Scanned(9, -1, wire.SCANNED_ROW.pack(4096, 1, 4096, TICKET, TICKET, KEY)),
+    wire.Checked(["a fault"], 3),
+    wire.Lookup(1, 0, KEY, 2.0),
+    wire.LeasePages(2, 0, KEY * 2, 2.0),
+    wire.ReleaseLease(9, [1]),
+    wire.ReservePages(3, 0, KEY, 3.0, KEY, False),
+    wire.CommitPages(4, 9, wire.COMMIT_ROW.pack(4096, 1, TICKET)),
+    wire.Found(1, 12),
+    wire.Leased(2, 9, wire.LEASED_ROW.pack(4096, 1, 4096, TICKET)),
+    wire.Reserved(3, 9, wire.RESERVED_ROW.pack(4096, 1, wire.WRITE)),
+    wire.Committed(4, 1),
+]
+DECODERS = {
+    wire.ToDaemon: wire.decode_to_daemon,
+    wire.FromDaemon: wire.decode_from_daemon,
+    wire.FromWorker: wire.decode_from_worker,
+    wire.ToWorker: wire.decode_to_worker,
+}
+
+
+def test_every_message_has_a_sample() -> None:
+    kinds = {kind for union in DECODERS for kind in union.__args__}
+    assert kinds == {type(sample) for sample in SAMPLES}
+
+
+def test_messages_have_the_bytes_they_always_had() -> None:
+    now = {type(sample).__name__: wire.encode(sample).hex() for sample in SAMPLES}
+    if os.environ.get("KVD_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(now, indent=1) + "\n")
+    assert now == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: type(s).__name__)
+def test_every_message_survives_its_socket(sample: wire.Message) -> None:
+    readers = [decode for union, decode in DECODERS.items() if type(sample) in union.__args__]
+    assert readers
+    for decode in readers:
+        assert decode(wire.encode(sample)) == sample
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: type(s).__name__)
+def test_fields_of_a_newer_peer_are_ignored(sample: wire.Message) -> None:
+    raw = msgspec.msgpack.decode(wire.encode(sample)) | {"a_field_of_tomorrow": [1, 2, 3]}
+    decode = next(d for union, d in DECODERS.items() if type(sample) in union.__args__)
+    assert decode(msgspec.msgpack.encode(raw)) == sample
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_a_decode_error_and_nothing_else(noise: bytes) -> None:
+    for decode in DECODERS.values():
+        try:
+            decode(noise)
+        except msgspec.DecodeError:
+            continue
