@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import msgspec
 import zmq
 
 from kvd import wire
@@ -67,10 +66,7 @@ class Link:
 
     def receive(self, kind: type[R], deadline: float) -> R:
         """The next message, which must be of this kind. Raises Refused, DeadlineMissed, Unavailable, PeerError."""
-        try:
-            message = wire.decode_from_daemon(self._frame(deadline))
-        except msgspec.DecodeError as error:
-            raise PeerError(f"kvd sent garbage: {error}") from error
+        message = wire.decode_from_daemon(self._frame(deadline))
         if isinstance(message, wire.Refusal):
             raise Refused(message.reason, message.hint)
         if not isinstance(message, kind):
@@ -136,8 +132,8 @@ class Channel:
                 reply = wire.decode_to_worker(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 continue
-            except (msgspec.DecodeError, zmq.ZMQError) as error:
-                raise PeerError(f"kvd sent garbage: {error}") from error
+            except zmq.ZMQError as error:
+                raise Unavailable(f"kvd is gone: {error}") from error
             if reply.request != self._request:
                 continue  # the answer to an earlier request that had timed out
             if isinstance(reply, wire.Refusal):

@@ -25,10 +25,17 @@ EX_CONFIG = 78
 
 
 async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
-    """Run until SIGTERM or SIGINT. A job that fails ends the process."""
-    stop = asyncio.Event()
+    """Run until SIGTERM or SIGINT. A job or a callback that fails ends the process, and the next one starts warm."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def finish(failure: Exception | None = None) -> None:
+        if not stop.done():
+            stop.set_result(None) if failure is None else stop.set_exception(failure)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, finish)
+    loop.set_exception_handler(lambda _, what: finish(what.get("exception") or RuntimeError(what["message"])))
     with open_room(settings, inherited) as room:
         shell = Shell(settings, room)
         try:
@@ -36,7 +43,7 @@ async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
                 jobs = [group.create_task(job(), name=job.__name__) for job in (shell.tick, shell.prefault)]
                 log.info("kvd %s ready in %s, arena %s", __version__, settings.run_dir, room.memory.name)
                 systemd.notify(f"READY=1\nSTATUS={len(room.node.residency)} pages warm")
-                await stop.wait()
+                await stop
                 systemd.notify("STOPPING=1")
                 shell.close()
                 for job in jobs:

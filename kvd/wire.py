@@ -12,9 +12,12 @@ New fields come last and have a default; a field is never retyped; unknown field
 """
 
 import struct
-from typing import Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 import msgspec
+
+from kvd.errors import PeerError
 
 PROTOCOL: Final = 1
 MAX_FRAME_BYTES: Final = 1 << 20  # from a peer; 8,192 keys are 256 KiB
@@ -293,10 +296,26 @@ class Committed(Message, tag="committed", frozen=True):
 ToWorker = Found | Leased | Reserved | Committed | Refusal
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_daemon = msgspec.msgpack.Decoder(ToDaemon).decode
-decode_from_daemon = msgspec.msgpack.Decoder(FromDaemon).decode
-decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+def _decoder(union: Any) -> Callable[[bytes | bytearray | memoryview], Any]:
+    decode = msgspec.msgpack.Decoder(union).decode
+
+    def decode_or_blame(raw: bytes | bytearray | memoryview) -> Any:
+        try:
+            return decode(raw)
+        except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+            # Not only DecodeError: msgspec 0.22 lets UnicodeDecodeError through for a bad string.
+            raise PeerError(f"malformed message: {error}") from error
+
+    return decode_or_blame
+
+
+# Each raises PeerError for what is not a message of its union.
+decode_to_daemon: Callable[[bytes | bytearray | memoryview], ToDaemon] = _decoder(ToDaemon)
+decode_from_daemon: Callable[[bytes | bytearray | memoryview], FromDaemon] = _decoder(FromDaemon)
+decode_from_worker: Callable[[bytes | bytearray | memoryview], FromWorker] = _decoder(FromWorker)
+decode_to_worker: Callable[[bytes | bytearray | memoryview], ToWorker] = _decoder(ToWorker)
 
 
 def frame(message: Message) -> bytes:

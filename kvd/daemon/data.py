@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from kvd import wire
@@ -68,7 +67,7 @@ class DataSocket:
             if len(parts) != 2:
                 raise PeerError(f"{len(parts) - 1} frames")
             reply = self._answer(ticket, wire.decode_from_worker(parts[1]))
-        except (PeerError, msgspec.DecodeError) as error:
+        except PeerError as error:
             self.dropped += 1
             self._drop(ticket, str(error))
             return

@@ -12,8 +12,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from kvd import wire
 from kvd.errors import AlreadyRunning, PeerError, Refused, SettingsError
 
@@ -124,7 +122,7 @@ class Member:
         self._inbox += data
         try:
             self._read_frames()
-        except (PeerError, msgspec.DecodeError) as error:
+        except PeerError as error:
             log.warning("dropped pid %d uid %d: %s", self.pid, self.uid, error)
             self.close()
 
