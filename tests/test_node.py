@@ -319,3 +319,31 @@ def test_a_page_larger_than_an_extent_is_refused_with_the_remedy() -> None:
     world = World()
     with pytest.raises(Refused, match="extent_bytes"):
         world.session(wire.NamespaceSpec(bytes(16), EXTENT * 2, 4, 0, 1, "kv", "huge"))
+
+
+def test_namespaces_that_peers_announce_are_bounded() -> None:
+    from kvd.daemon import labels
+
+    known = labels.Labels()
+    for n in range(labels.MOST + 10):
+        digest = n.to_bytes(16, "big")
+        known.add(wire.NamespaceSpec(digest, 1, 1, 0, 1, "kv", "x", digest))
+    assert len(known) == labels.MOST
+    assert known.get(bytes(16)) is None
+
+
+def test_side_pools_leave_with_their_page() -> None:
+    world = World(extents=2)
+    family = bytes(16)
+    kv = wire.NamespaceSpec(namespace(1), 9000, 4, 0, 1, "kv", "m", family)
+    state = wire.NamespaceSpec(namespace(2), 4096, 4, 0, 1, "mamba", "m", family)
+    worker = world.session(kv, state)
+    keys = KEYS[0][:4]
+    world.put(worker, keys[3:], ns=1)
+    world.put(worker, keys)
+    for n in range(3):
+        world.now += 1
+        world.put(worker, chain([n, 9, *range(500 * n, 500 * n + 18)], 4))
+    assert world.take(worker, keys)[3] is False
+    assert world.take(worker, keys[3:], ns=1) == [False]
+    assert world.node.faults() == []

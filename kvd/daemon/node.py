@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvd import wire
+from kvd.daemon.labels import Labels
 from kvd.daemon.leases import Leases, Reservation
 from kvd.daemon.residency import NO_PARENT, Group, Residency
 from kvd.daemon.sessions import Session, Sessions
@@ -48,7 +49,7 @@ class Node:
         self.leases = Leases()
         self.counters: Counter[str] = Counter()
         self.warm_pages = 0
-        self.labels: dict[bytes, wire.NamespaceSpec] = {}
+        self.labels = Labels()
         self._partials: dict[bytes, Partial] = {}
         self._writing: set[tuple[bytes, int]] = set()  # namespace + key, shard
 
@@ -63,7 +64,7 @@ class Node:
                 if len(session.namespaces) >= MAX_NAMESPACES:
                     raise PeerError(f"{session} joins more than {MAX_NAMESPACES} namespaces")
                 session.namespaces.append(spec)
-            self.labels[spec.digest] = spec
+            self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids
 
@@ -332,11 +333,7 @@ class Node:
 
     def _siblings(self, group: Group) -> Iterable[Group]:
         """Idle pages of the same model's side pools that are of no use without this one."""
-        spec = self.labels.get(group.namespace)
-        if spec is None or spec.pool != "kv" or not spec.family:
-            return ()
-        families = [d for d, s in self.labels.items() if s.family == spec.family and d != spec.digest]
-        found = (self.residency.get(digest, group.key) for digest in families)
+        found = (self.residency.get(digest, group.key) for digest in self.labels.side_pools(group.namespace))
         return [g for g in found if g is not None and not g.held and not g.children]
 
     def _forget(self, group: Group, quarantined: bool = False) -> None:

@@ -40,4 +40,4 @@ def drop(node: Node, session: Session) -> None:
         for slot in group.slots:
             node.arena.give(slot)
     for digest in digests:
-        node.labels.pop(digest, None)
+        node.labels.forget(digest)
