@@ -41,7 +41,8 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
     layers: tuple[int, int, int]  # count, first, last+1
     geometry: tuple[int, ...]  # head count and sizes, or MLA's lora rank and rope dim
     replicated: bool  # every rank holds the same bytes (MLA)
-    shards: int  # how many ranks' parts make one page
+    shards: int  # how many ranks' parts make one page on this machine
+    tp_slice: tuple[int, int] = (0, 1)  # first of those ranks, and how many the worker has on all machines
     pipeline: tuple[int, int] = (0, 1)  # rank, size
     key_scheme: str = KEY_SCHEME
     tenant: str = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvd.errors import Unsupported
+from kvd.sidecar import weightwatch
 from kvd.sidecar.weights import fingerprint
 
 
@@ -60,6 +61,11 @@ def server_args() -> Any:
     return None
 
 
+def nodes() -> int:
+    """How many machines this worker's ranks are spread over."""
+    return int(getattr(server_args(), "nnodes", 1) or 1)
+
+
 def honours_interface_v1() -> bool:
     """Does this release's controller know "interface_v1"? Without the controller at hand: yes."""
     controller = probe("sglang.srt.managers.cache_controller:HiCacheController")
@@ -82,11 +88,12 @@ _serving: Any = probe("sglang.srt.runtime_context:get_serving")
 
 
 def weight_version() -> str:
-    """SGLang's name for the weights in memory: it changes when an online update names a new one."""
+    """A name for the weights in memory: another one after every online update that SGLang lets us see."""
     try:
-        return str(_serving().weight_version) if _serving is not None else ""
+        named = str(_serving().weight_version) if _serving is not None else ""
     except Exception:  # not published in this process
-        return ""
+        named = ""
+    return f"{named}/{weightwatch.epoch()}"
 
 
 def weights_identity(model_path: str) -> str:

@@ -96,7 +96,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         self._config = PluginConfig()
         try:
             self._config = read_config(extra)
-            self._rank = Rank.of(storage_config)
+            self._rank = Rank.of(storage_config, engine.nodes())
         except (SettingsError, Unsupported) as error:
             refusal = str(error)
         try:

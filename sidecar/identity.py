@@ -25,10 +25,11 @@ class Rank:
     pp: tuple[int, int]
     cp: tuple[int, int]
     replicated: bool
+    nodes: int = 1
 
     @classmethod
-    def of(cls, config: Any) -> "Rank":
-        """Raises Unsupported for arrangements whose pages kvd would mix up."""
+    def of(cls, config: Any, nodes: int = 1) -> "Rank":
+        """`nodes`: machines the worker spans. Raises Unsupported for arrangements whose pages kvd would mix up."""
 
         def pair(name: str) -> tuple[int, int]:
             rank, size = getattr(config, f"{name}_rank", 0), getattr(config, f"{name}_size", 1)
@@ -36,12 +37,26 @@ class Rank:
 
         if int(getattr(config, "dcp_size", 1) or 1) > 1:
             raise Unsupported("decode context parallelism is on", "SGLang supports it with its own backends only")
-        return cls(pair("tp"), pair("pp"), pair("attn_cp"), bool(getattr(config, "is_mla_model", False)))
+        return cls(pair("tp"), pair("pp"), pair("attn_cp"), bool(getattr(config, "is_mla_model", False)), nodes)
+
+    def _tp(self, pool: str) -> tuple[int, int]:
+        # State-space states are split over the ranks even where KV is replicated.
+        return (0, 1) if self.replicated and "mamba" not in pool else self.tp
+
+    def _here(self, pool: str) -> int:
+        """How many of the tensor-parallel ranks run on this machine (sglang: server_args.py, nnodes_per_tp_group)."""
+        size = self._tp(pool)[1]
+        return max(1, size // max(self.nodes // self.pp[1], 1)) if size > 1 else 1
 
     def shard(self, pool: str) -> tuple[int, int]:
-        """(index, count) of this rank's part of a page of `pool`: state-space states are split even under MLA."""
-        tp = (0, 1) if self.replicated and "mamba" not in pool else self.tp
-        return tp[0] * self.cp[1] + self.cp[0], tp[1] * self.cp[1]
+        """(index, count) of this rank's part of a page among this machine's ranks: they share one kvd."""
+        rank, here = self._tp(pool)[0], self._here(pool)
+        return rank % here * self.cp[1] + self.cp[0], here * self.cp[1]
+
+    def slice(self, pool: str) -> tuple[int, int]:
+        """(first rank, all ranks): which part of the heads this machine's shards are."""
+        rank, size = self._tp(pool)
+        return rank - rank % self._here(pool), size
 
 
 def namespace_spec(
@@ -65,11 +80,13 @@ def namespace_spec(
         geometry=tuple(number for name in _GEOMETRY for number in _numbers(getattr(pool, name, None))),
         replicated=rank.replicated,
         shards=shards,
+        tp_slice=rank.slice(pool_name),
         pipeline=rank.pp,
         tenant=tenant,
     )
+    tp_slice = rank.slice(KV)
     family = Identity(
-        weights, "", "", "", "", "", 0, 0, (0, 0, 0), (), rank.replicated, shards, rank.pp, tenant=tenant
+        weights, "", "", "", "", "", 0, 0, (0, 0, 0), (), rank.replicated, 0, tp_slice, rank.pp, tenant=tenant
     )
     return wire.NamespaceSpec(
         identity.namespace(), page_bytes, max(1, int(pool.page_size)), shard, shards, pool_name, label,

@@ -1,6 +1,6 @@
 """Scratch namespaces: pages that leave with the session that wrote them. `kvdctl doctor` tries the daemon with one.
 
-Always true: only a namespace that nobody has joined and that holds no page becomes scratch, and nobody else joins
+Always true: only a namespace that no session has joined and that holds no page becomes scratch, and nobody else joins
 it then; so dropping it takes away only what this session stored. A page that a scan still reads stays, as an
 ordinary page that is evicted in its turn.
 """
@@ -13,16 +13,14 @@ from kvd.errors import Refused
 
 def claim(node: Node, session: Session, specs: list[wire.NamespaceSpec]) -> None:
     """May the session join these? Called before it does; changes nothing. Raises Refused."""
-    wanted = {spec.digest for spec in specs if spec.scratch}
+    joined = {spec.digest for other in node.sessions.all() for spec in other.namespaces}
+    scratch = {spec.digest for other in node.sessions.all() for spec in other.namespaces if spec.scratch}
+    scratch |= {spec.digest for spec in specs if spec.scratch}
     for spec in specs:
-        if spec in session.namespaces:
+        if spec in session.namespaces or spec.digest not in scratch:
             continue
-        known = node.labels.get(spec.digest)
-        if not spec.scratch:
-            taken = spec.digest in wanted or (known is not None and known.scratch)
-        else:
-            taken = known is not None or any(group.namespace == spec.digest for group in node.residency)
-        if taken:
+        held = any(group.namespace == spec.digest for group in node.residency)
+        if not spec.scratch or spec.digest in joined or held:
             raise Refused("a scratch namespace cannot be shared", "choose a random digest")
 
 

@@ -8,8 +8,6 @@ import psutil
 from kvd import wire
 from kvd.ctl.checks.finding import Finding
 from kvd.ctl.terminal import percent, size
-from kvd.daemon.room import default_arena_path
-from kvd.settings import load_daemon_settings
 
 _PREFAULT = "arena.prefault = true needs Linux 5.14; right after a start, wait until it is done"
 
@@ -68,6 +66,9 @@ def room(status: wire.Status) -> list[Finding]:
 
 def room_to_start() -> list[Finding]:
     """No kvd runs: would the arena of the settings that are in effect here find room?"""
+    from kvd.daemon.room import default_arena_path  # half of kvdctl's start-up, and seldom needed
+    from kvd.settings import load_daemon_settings
+
     settings = load_daemon_settings(None, os.environ)
     path = settings.arena.path or default_arena_path(settings.run_dir)
     disk = os.statvfs(path.parent)
