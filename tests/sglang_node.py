@@ -1,19 +1,17 @@
 """What the tests with a real SGLang share: the worker, the prompts, and what a worker without kvd answers to them.
 
-    pytest_plugins = ("tests.sglang_node",)
-    pytestmark = needs_sglang
-
 Prompts are token ids, drawn once: equal everywhere, and wrong KV under them gives other tokens. A request with a
 `cache_salt` of its own is cold wherever it goes and has the same answer.
 """
 
+import functools
 import secrets
 import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -21,9 +19,8 @@ from typing import Any
 
 import pytest
 
-from kvd import wire
 from kvd.pages import chain
-from tests.harness import MIB, Daemon, eventually
+from tests.harness import Daemon, eventually
 from tools.demo.node import LOGS, MODEL, ROOT, VENV, extra_config
 from tools.sglang_cpu.endpoint import Generation
 from tools.sglang_cpu.server import HiCache, SglangServer
@@ -38,7 +35,8 @@ WORDS = range(1_000, 40_000)  # token ids of plain text; the first few are contr
 Prompt = tuple[int, ...]
 Answers = Mapping[Prompt, list[int]]
 
-_missing = [str(path.relative_to(ROOT)) for path in (VENV / "bin/python", MODEL / "model.safetensors") if not path.exists()]
+_needed = (VENV / "bin/python", MODEL / "model.safetensors")
+_missing = [str(path.relative_to(ROOT)) for path in _needed if not path.exists()]
 needs_sglang = pytest.mark.skipif(bool(_missing), reason=f"no {' and no '.join(_missing)}: run `make sglang`")
 
 
@@ -114,16 +112,15 @@ def plugin_ready(kvd: Daemon, ranks: int = 1, timeout_s: float = 20) -> None:
     eventually(ready, timeout_s, f"{ranks} ranks are attached")
 
 
-def totals(kvd: Daemon) -> Counter[str]:
-    """The counters of all attached plugins, which report once a second, together."""
-    counted: Counter[str] = Counter()
-    for one in kvd.status().workers:
-        counted.update(one.counters)
-    return counted
-
-
 def pages_held(kvd: Daemon) -> int:
     return kvd.status().tiers[0].pages
+
+
+def fill(server: SglangServer, prompts: Sequence[Prompt], **fields: Any) -> list[tuple[Prompt, Generation]]:
+    """Ask one by one, then empty the worker's own caches; SGLang does not until all is written to storage."""
+    answers = [(prompt, ask(server, prompt, **fields)) for prompt in prompts]
+    server.flush_cache()
+    return answers
 
 
 @dataclass
@@ -165,14 +162,35 @@ class Crowd:
         return self.answers
 
 
-@pytest.fixture(scope="session")
-def reference() -> Answers:
-    """The answers of a worker that has no kvd, no HiCache, and no page shared with any other."""
+@functools.cache
+def reference_answers() -> Answers:
+    """The answers of a worker that has neither kvd nor a HiCache; asked for once in a run of the tests."""
     with worker("plain", None) as server:
-        return {prompt: ask(server, prompt).output_ids for prompt in TREE}
+        answers = Crowd(server).ask(*(TREE[client::4] for client in range(4))).join(300)
+    return {prompt: answer.output_ids for prompt, answer in answers}
 
 
-@pytest.fixture(scope="session")
+def wrong(answers: Sequence[tuple[Prompt, Generation]], reference: Answers) -> list[tuple[int, list[int], list[int]]]:
+    """Prompt length, answer and right answer of each that differs."""
+    return [
+        (len(prompt), answer.output_ids, reference[prompt])
+        for prompt, answer in answers
+        if answer.output_ids != reference[prompt]
+    ]
+
+
+@contextmanager
+def running(name: str, ranks: int = 1, **options: Any) -> Iterator[tuple[Daemon, SglangServer]]:
+    """A kvd and a worker attached to it, ready."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kvd-test-") as folder,  # short, for a socket's path
+        daemon_in(Path(folder)) as kvd,
+        worker(name, kvd.socket, **options) as server,
+    ):
+        plugin_ready(kvd, ranks)
+        yield kvd, server
+
+
 def other_revision() -> Path:
     """A folder with another revision of the model, made once."""
     if not (VARIANT / "model.safetensors").exists():
@@ -181,13 +199,6 @@ def other_revision() -> Path:
         if made.returncode:
             pytest.skip(f"cannot make another revision of the model: {made.stderr[-300:]}")
     return VARIANT
-
-
-@pytest.fixture(scope="module")
-def run_folder() -> Iterator[Path]:
-    """Where this module's kvd is, whichever process that is at the time."""
-    with tempfile.TemporaryDirectory(prefix="kvd-test-") as folder:  # short, for a socket's path
-        yield Path(folder)
 
 
 def daemon_in(folder: Path) -> Daemon:

@@ -37,7 +37,7 @@ MARK = processes.MARK
 def kvdctl(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from kvd.ctl import app; app()", *arguments]
     given = {k: v for k, v in os.environ.items() if not k.startswith("KVD_")} | env
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
 
 
 def on(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -173,7 +173,7 @@ def test_a_stopped_daemon_is_not_waited_for(command: str, daemon: Daemon) -> Non
     ran = on(daemon, command)
     assert ran.returncode == 3
     assert "is it stopped?" in ran.stderr
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 5
 
 
 def test_a_refusal_exits_1(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_doctor_on_a_stopped_daemon_is_red_within_seconds(daemon: Daemon) -> Non
     daemon.signal(signal.SIGSTOP)
     started = time.monotonic()
     ran = on(daemon, "doctor")
-    assert time.monotonic() - started < 3.5
+    assert time.monotonic() - started < 5
     assert ran.returncode == 3
     assert re.search(r"^red +daemon .*did not answer.*-> it is stopped", ran.stdout, re.M)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvd import wire
+from kvd.errors import KvdError
 from kvd.sidecar.hicache import KvdStorage
 from kvd.sidecar.memory import map_pages
 from tests.harness import Daemon, eventually
@@ -29,11 +30,16 @@ def scratch(parent: Path | None = None) -> Iterator[Path]:
 def running_daemon(folder: Path, arena_mib: int, extent_mib: int = 64) -> Iterator[Daemon]:
     """A daemon whose arena is faulted in."""
     daemon = Daemon(folder, arena_mib=arena_mib, extent_mib=extent_mib)
+
+    def faulted() -> bool:
+        try:
+            return daemon.status().tiers[0].prefaulted_bytes >= arena_mib * MIB
+        except KvdError:  # busy
+            return False
+
     try:
         daemon.start()
-        eventually(
-            lambda: daemon.status().tiers[0].prefaulted_bytes >= arena_mib * MIB, 120, "the arena is faulted in"
-        )
+        eventually(faulted, 120, "the arena is faulted in")
         yield daemon
     finally:
         daemon.stop()

@@ -81,7 +81,10 @@ def timed(call: Callable[..., R], *arguments: Any) -> tuple[float, R]:
 
 
 def interleave(cases: Sequence[Run], rounds: int, warm_up: int = 1) -> Samples:
-    """Run every case in turn, `rounds` times after the warm-up; each round starts with another case."""
+    """Run every case in turn, `rounds` times after the warm-up; each round starts with another case.
+
+    A figure that some round lacks, because its case failed there, is dropped.
+    """
     samples = Samples()
     for number in range(-warm_up, rounds):
         first = number % len(cases)
@@ -89,6 +92,7 @@ def interleave(cases: Sequence[Run], rounds: int, warm_up: int = 1) -> Samples:
             figures = case(number)
             if number >= 0:
                 samples.add(figures)
+    samples.rounds = {name: values for name, values in samples.rounds.items() if len(values) == rounds}
     return samples
 
 

@@ -115,8 +115,13 @@ def _measure(size: str, pool: Any, folder: Path, peers: dict[str, Peer], wanted:
             plugin = attach(full, pool)
             stack.callback(plugin.close)
             cases.append(_through_plugin("kvd, arena full", plugin, pool, None))
-        for name, peer in list(peers.items()):
+        for name, peer in peers.items():
             if mla or (wanted.quick and size != KEY):
+                continue
+            try:
+                peer.ask(do="open", page_bytes=page_bytes(pool), pages=PAGES)
+            except Missing as why:
+                progress(f"{name} at {size}: {why}")
                 continue
             cases.append(_through_peer(name, peer, page_bytes(pool)))
         return interleave(cases, wanted.rounds(5, 21), warm_up=2)
@@ -195,10 +200,13 @@ def _without_checksums(plugin: KvdStorage) -> None:
 
 def _through_peer(name: str, peer: Peer, length: int) -> Run:
     total = PAGES * length / 1e9
-    peer.ask(do="open", page_bytes=length, pages=PAGES)
 
     def case(number: int) -> Mapping[str, float]:
-        took = peer.ask(do="round", n=number + 1000)
+        try:
+            took = peer.ask(do="round", n=number + 1000)
+        except Missing as why:
+            progress(str(why))
+            return {}
         return {f"{name} set": total / took["set_s"], f"{name} get": total / took["get_s"]}
 
     return case

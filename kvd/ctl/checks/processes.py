@@ -29,6 +29,7 @@ _READERS = ("grep", "rg", "pgrep", "vim", "vi", "nano", "less", "journalctl", "k
 
 def processes(path: Path, status: wire.Status) -> list[Finding]:
     """A red finding for each server that should be attached and is not."""
+    path = path.resolve()
     found = {process.pid: process for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time"])}
     parents = {pid: process.info["ppid"] or 0 for pid, process in found.items()}
     served = _lineage((worker.pid for worker in status.workers), parents)
@@ -73,9 +74,9 @@ def _socket_of(process: psutil.Process) -> Path | None:
             except (ValueError, AttributeError):
                 continue
             if given:
-                return Path(str(given))
+                return Path(str(given)).resolve()
     try:
-        return run_dir(process.environ(), process.uids().effective) / SOCKET
+        return (run_dir(process.environ(), process.uids().effective) / SOCKET).resolve()
     except (psutil.Error, OSError):
         return None  # somebody else's process
 

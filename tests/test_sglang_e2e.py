@@ -1,0 +1,124 @@
+"""A real SGLang answers the same without kvd, with a kvd that is cold, and from kvd's pages.
+
+Every prompt of the tree is asked of each: the output must be equal token by token, every page must be stored once,
+and every page that can come from kvd must.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.harness import Daemon
+from tests.sglang_node import (
+    PAGE_TOKENS,
+    TREE,
+    Answers,
+    Crowd,
+    Prompt,
+    ask,
+    fill,
+    needs_sglang,
+    pages_held,
+    pages_of,
+    reference_answers,
+    reusable,
+    running,
+    salt,
+    wrong,
+)
+from tools.sglang_cpu.server import LAYOUTS, SglangServer
+
+pytestmark = [needs_sglang, pytest.mark.timeout(900)]
+
+Node = tuple[Daemon, SglangServer]
+THINNED = TREE[::2]  # for the slow variants: half of the leaves
+
+
+@pytest.fixture(scope="module")
+def reference() -> Answers:
+    return reference_answers()
+
+
+@pytest.fixture(scope="module")
+def node(reference: Answers) -> Iterator[Node]:
+    """One kvd and one worker, started after the server that gave the reference has ended."""
+    with running("e2e") as both:
+        yield both
+
+
+def same_answers_cold_and_from_kvd(
+    node: Node, prompts: Sequence[Prompt], reference: Answers, page_tokens: int = PAGE_TOKENS
+) -> None:
+    kvd, server = node
+    before = pages_held(kvd)
+    cold = fill(server, prompts)
+    assert not wrong(cold, reference)
+    assert sum(answer.cached.storage for _, answer in cold) == 0
+    # The last token of an answer was never an input, so it has no KV.
+    seen = [(*prompt, *answer.output_ids[:-1]) for prompt, answer in cold]
+    assert pages_held(kvd) - before == pages_of(seen, page_tokens), "each page is stored, once"
+
+    warm = [(prompt, ask(server, prompt)) for prompt in prompts]
+    assert not wrong(warm, reference)
+    assert [answer.cached.total for _, answer in warm] == [reusable(prompt, page_tokens) for prompt in prompts]
+    wanted = page_tokens * pages_of([prompt[:-1] for prompt in prompts], page_tokens)
+    assert sum(answer.cached.storage for _, answer in warm) == wanted, "nothing but kvd had the pages"
+    assert kvd.faults() == []
+
+
+def test_answers_are_the_same_without_kvd_and_with_it(node: Node, reference: Answers) -> None:
+    assert len(TREE) >= 50
+    same_answers_cold_and_from_kvd(node, TREE, reference)
+
+
+def test_eight_requests_at_once_are_answered_right_cold_and_from_kvd(node: Node, reference: Answers) -> None:
+    kvd, server = node
+    prompts, mine = TREE[2:42], salt()
+    for wanted in (0, PAGE_TOKENS * pages_of([prompt[:-1] for prompt in prompts], PAGE_TOKENS)):
+        answers = Crowd(server, mine).ask(*(prompts[client::8] for client in range(8))).join()
+        assert len(answers) == len(prompts)
+        assert not wrong(answers, reference)
+        assert sum(answer.cached.storage for _, answer in answers) == wanted
+        server.flush_cache()
+    assert kvd.faults() == []
+
+
+def test_a_worker_without_a_page_of_its_own_left_continues_a_conversation_from_kvd(
+    node: Node, reference: Answers
+) -> None:
+    """The second turn's prompt extends the first turn's prompt and answer."""
+    _, server = node
+    mine = salt()
+    ((prompt, first),) = fill(server, [TREE[1]], cache_salt=mine)
+    follow_up = (*prompt, *first.output_ids, *TREE[0])
+    cold = ask(server, follow_up, cache_salt=salt())
+    continued = ask(server, follow_up, cache_salt=mine)
+    assert continued.output_ids == cold.output_ids
+    assert cold.cached.total == 0
+    assert continued.cached.storage == reusable(prompt + tuple(first.output_ids), PAGE_TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_tokens", [16, 64])
+@pytest.mark.parametrize(("layout", "io_backend"), LAYOUTS)
+def test_every_host_layout_gives_the_same_answers(
+    layout: str, io_backend: str, page_tokens: int, reference: Answers
+) -> None:
+    with running(f"{layout}-{page_tokens}", layout=layout, io_backend=io_backend, page_size=page_tokens) as node:
+        same_answers_cold_and_from_kvd(node, THINNED, reference, page_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "io_backend"), [("layer_first", "kernel"), ("page_first_direct", "direct")])
+def test_the_generic_interface_gives_the_same_answers(layout: str, io_backend: str, reference: Answers) -> None:
+    with running(f"generic-{layout}", layout=layout, io_backend=io_backend, v1=False) as node:
+        same_answers_cold_and_from_kvd(node, THINNED, reference)
+
+
+@pytest.mark.slow
+def test_three_ranks_store_their_shards_of_each_page_and_get_them_back(reference: Answers) -> None:
+    with running("tp3", ranks=3, tp_size=3) as node:
+        same_answers_cold_and_from_kvd(node, THINNED, reference)
+        workers = node[0].status().workers
+        assert len({worker.pid for worker in workers}) == 3
+        assert len({worker.shard for worker in workers}) == 3
