@@ -5,6 +5,7 @@ an explicit setting wins, then $KVD_RUN_DIR, then /run/kvd for root and service 
 folder of the user.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def run_dir(env: Mapping[str, str], uid: int) -> Path:
     if runtime := env.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "kvd"
     return Path(f"/tmp/kvd-{uid}")
+
+
+def arena_path(folder: Path, uid: int) -> Path:
+    """The arena's file without systemd: one per run directory and user."""
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    return Path(f"/dev/shm/kvd-{uid}-{digest}.arena")

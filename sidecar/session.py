@@ -155,7 +155,7 @@ class Session:
                 link.send(wire.Ping(pings))
                 if now - reported_at >= REPORT_EVERY_S:
                     reported_at = now
-                    link.send(wire.Report(str(self.circuit), dict(self._counters)))
+                    link.send(wire.Report(str(self.circuit)[:1000], dict(self._counters)))
             if not answered and now - sent_at > STALLED_AFTER_S:
                 self.trip("kvd does not answer")
             for fd, _ in poll.poll(100 if not answered else PING_EVERY_S * 1000):

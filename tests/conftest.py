@@ -31,7 +31,7 @@ def _children() -> set[int]:
 
 
 def _shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if "kvd" in name}
+    return {name for name in os.listdir("/dev/shm") if name.endswith(".arena")}
 
 
 def _abandoned(names: set[str]) -> set[str]:

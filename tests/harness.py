@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 from kvd import wire
 from kvd.client import Link
-from kvd.daemon.room import default_arena_path
 from kvd.errors import Unavailable
-from kvd.places import DATA_SOCKET, SOCKET
+from kvd.places import DATA_SOCKET, SOCKET, arena_path
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -94,7 +93,7 @@ class Daemon:
     def __init__(self, folder: Path, arena_mib: int = 64, extent_mib: int = 4, **settings: object) -> None:
         self.folder = folder
         self.socket = folder / SOCKET
-        self.arena_path = default_arena_path(folder)
+        self.arena_path = arena_path(folder, os.getuid())
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("KVD_")},
             "KVD_RUN_DIR": str(folder),

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from tools.sglang_cpu.server import HiCache, SglangServer
 
 VARIANT = ROOT / ".models/variant-1" / MODEL.name
 SERVED_AS = "the-model"
-NEW_TOKENS = 5
+NEW_TOKENS = 4  # a step of one token costs as much as a short prompt
 PAGE_TOKENS = 64
 ARENA_MIB = 768  # the whole tree is 7,000 tokens of 46,080 bytes
 WORDS = range(1_000, 40_000)  # token ids of plain text; the first few are control tokens
@@ -148,15 +148,16 @@ class Crowd:
         except Exception as error:
             self.failures.append(error)
 
-    @property
-    def busy(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
-
-    def join(self, timeout_s: float = 120) -> list[tuple[Prompt, Generation]]:
+    def wait(self, timeout_s: float = 120) -> None:
+        """Until every client has ended, with all its answers or with a failure."""
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        assert not self.busy, f"a request had no answer after {timeout_s} s: {self.server.log_tail()}"
+        alive = any(thread.is_alive() for thread in self._threads)
+        assert not alive, f"a request had no answer after {timeout_s} s: {self.server.log_tail()}"
+
+    def join(self, timeout_s: float = 120) -> list[tuple[Prompt, Generation]]:
+        self.wait(timeout_s)
         if self.failures:
             raise self.failures[0]
         return self.answers
@@ -180,13 +181,27 @@ def wrong(answers: Sequence[tuple[Prompt, Generation]], reference: Answers) -> l
 
 
 @contextmanager
-def running(name: str, ranks: int = 1, **options: Any) -> Iterator[tuple[Daemon, SglangServer]]:
-    """A kvd and a worker attached to it, ready."""
+def closing_server(server: SglangServer) -> Iterator[SglangServer]:
+    """For a server that is started by hand."""
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def running(
+    name: str, ranks: int = 1, meanwhile: Callable[[], object] = lambda: None, **options: Any
+) -> Iterator[tuple[Daemon, SglangServer]]:
+    """A kvd and a worker attached to it, ready. While they start, do `meanwhile`."""
     with (
         tempfile.TemporaryDirectory(prefix="kvd-test-") as folder,  # short, for a socket's path
         daemon_in(Path(folder)) as kvd,
-        worker(name, kvd.socket, **options) as server,
+        closing_server(worker(name, kvd.socket, **options)) as server,
     ):
+        server.start()
+        meanwhile()
+        server.wait_ready()
         plugin_ready(kvd, ranks)
         yield kvd, server
 

@@ -25,7 +25,7 @@ MAY = {
     "sidecar": {CORE, "sidecar"},
     "router": {CORE, "router"},
     "planner": {CORE, "planner"},
-    "ctl": {CORE, "ctl"},
+    "ctl": {CORE, "ctl", "settings"},
     "settings": {CORE},
     "main": {CORE, "daemon", "settings"},
 }

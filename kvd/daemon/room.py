@@ -5,7 +5,6 @@ takes its pages over; memory that is not ours, or of another format, is started 
 """
 
 import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -21,6 +20,7 @@ from kvd.daemon.node import Node
 from kvd.daemon.sessions import Sessions
 from kvd.errors import AlreadyRunning, SettingsError
 from kvd.index import IndexWriter, entries_for, index_bytes
+from kvd.places import arena_path
 from kvd.settings import DaemonSettings
 from kvd.storage import memory
 from kvd.storage.arena import SUPERBLOCK_BYTES, Arena
@@ -106,10 +106,4 @@ def _arena_memory(settings: DaemonSettings, inherited: dict[str, int], size: int
     if os.environ.get("NOTIFY_SOCKET") and settings.arena.path is None:
         fresh = memory.create_memfd(size)
         return fresh, systemd.store(FD_NAME, fresh.fd)
-    return memory.open_file(settings.arena.path or default_arena_path(settings.run_dir), size), False
-
-
-def default_arena_path(run_dir: Path) -> Path:
-    """One arena per run directory and user."""
-    digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    return Path(f"/dev/shm/kvd-{os.getuid()}-{digest}.arena")
+    return memory.open_file(settings.arena.path or arena_path(settings.run_dir, os.getuid()), size), False

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def options(doc: str | None, add: Callable[[argparse.ArgumentParser], object] | 
     if add is not None:
         add(parser)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     return Options(given.quick, given.json, given)
 
 

@@ -111,7 +111,8 @@ class SglangServer(Endpoint):
             "--dtype": dtype,
             "--page-size": str(page_size),
             "--max-total-tokens": str(max_total_tokens),
-            "--mem-fraction-static": "0.1",
+            # Never reached: max_total_tokens decides. What other processes take meanwhile counts against it, though.
+            "--mem-fraction-static": "0.5",
             "--tp-size": str(tp_size),
             "--attention-backend": "torch_native",
             "--sampling-backend": "pytorch",
@@ -153,6 +154,11 @@ class SglangServer(Endpoint):
         """Of the HTTP process, which leads the session the other processes are in."""
         assert self._process, "the server is not started"
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Started, and not ended by us; it may have died by itself."""
+        return self._process is not None
 
     def command(self) -> list[str]:
         words = [word for setting in self._settings.items() for word in setting]

@@ -8,6 +8,7 @@ import psutil
 from kvd import wire
 from kvd.ctl.checks.finding import Finding
 from kvd.ctl.terminal import percent, size
+from kvd.places import arena_path
 
 _PREFAULT = "arena.prefault = true needs Linux 5.14; right after a start, wait until it is done"
 
@@ -66,11 +67,10 @@ def room(status: wire.Status) -> list[Finding]:
 
 def room_to_start() -> list[Finding]:
     """No kvd runs: would the arena of the settings that are in effect here find room?"""
-    from kvd.daemon.room import default_arena_path  # half of kvdctl's start-up, and seldom needed
-    from kvd.settings import load_daemon_settings
+    from kvd.settings import load_daemon_settings  # half of kvdctl's start-up, and seldom needed
 
     settings = load_daemon_settings(None, os.environ)
-    path = settings.arena.path or default_arena_path(settings.run_dir)
+    path = settings.arena.path or arena_path(settings.run_dir, os.getuid())
     disk = os.statvfs(path.parent)
     held = path.stat().st_blocks * 512 if path.exists() else 0
     free = disk.f_bavail * disk.f_frsize + held
