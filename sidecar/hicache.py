@@ -18,16 +18,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-from kvd import wire
-from kvd.errors import KvdError, PeerError, SettingsError, Unavailable, Unsupported
+from kvd.errors import KvdError, PeerError, Unavailable
 from kvd.sidecar import engine
-from kvd.sidecar.config import PluginConfig, read_config
-from kvd.sidecar.copier import Copier
 from kvd.sidecar.hits import Pool, restorable
-from kvd.sidecar.identity import KV, Rank, namespace_spec
-from kvd.sidecar.pool import FlatPages, PoolView, view_pool
-from kvd.sidecar.session import Session
+from kvd.sidecar.identity import KV
+from kvd.sidecar.pool import FlatPages, PoolView
 from kvd.sidecar.shelf import Shelf
+from kvd.sidecar.shelves import FLAT, PIECES, Shelves
 
 log = logging.getLogger("kvd.plugin")
 
@@ -46,8 +43,8 @@ def _never_raises(miss: Callable[..., Any]) -> Callable[[F], F]:
                 return method(self, *args, **kwargs)
             except (Unavailable, PeerError) as error:
                 self._counters["miss_unavailable"] += 1
-                if self._session is not None:
-                    self._session.trip(str(error))
+                if self._shelves is not None:
+                    self._shelves.session.trip(str(error))
             except KvdError as error:
                 self._counters["miss_refused"] += 1
                 self._say_once(f"{method.__name__}: {error}")
@@ -80,35 +77,14 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         self._counters: Counter[str] = Counter()
         self._said: set[str] = set()
         self._speeds = {name: deque[tuple[int, float]](maxlen=_SPEEDS_KEPT) for name in ("prefetch", "backup")}
-        self._rank = Rank((0, 1), (0, 1), (0, 1), False)
-        self._label = str(getattr(storage_config, "model_name", None) or "worker")[:200]
-        self._pools: dict[str, Any] = {}
-        self._views: dict[str, PoolView] = {}
-        self._shelves: dict[tuple[str, str], Shelf] = {}
-        self._specs: list[wire.NamespaceSpec] = []
-        self._weights = ""
-        self._weight_version = engine.weight_version()
-        self._session: Session | None = None
-        self._copier: Copier | None = None
-        extra = getattr(storage_config, "extra_config", None) or {}
-        self._pieces = bool(extra.get("interface_v1")) and engine.honours_interface_v1()
-        refusal = ""
-        self._config = PluginConfig()
+        self._shelves: Shelves | None = None
+        self._access = FLAT
         try:
-            self._config = read_config(extra)
-            self._rank = Rank.of(storage_config, engine.nodes())
-        except (SettingsError, Unsupported) as error:
-            refusal = str(error)
-        try:
-            self._copier = Copier(self._config.copy_threads)
-            label = f"{self._label} rank {self._rank.tp[0]}/{self._rank.tp[1]}"
-            self._session = Session(self._config.socket_path(), label, self._prepare, self._counters)
-            if refusal:
-                self._session.turn_off(refusal)
-            self._session.start()
+            extra = getattr(storage_config, "extra_config", None) or {}
+            self._access = PIECES if extra.get("interface_v1") and engine.honours_interface_v1() else FLAT
+            self._shelves = Shelves(storage_config, self._counters)
         except Exception:  # no threads or descriptors left: the worker matters more than its cache
             log.exception("kvd is OFF for this worker")
-            self._session = None
 
     # -- registration --------------------------------------------------------------------------------------
 
@@ -126,92 +102,30 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
 
     @_never_raises(lambda *_, **__: None)
     def _register(self, name: str, pool: Any) -> None:
-        self._pools[name] = pool
-        if self._session is not None:
-            self._session.wake()
+        if self._shelves is not None:
+            self._shelves.register(name, pool)
 
     @property
     def ready(self) -> bool:
         """Attached, every registered pool named, circuit closed: from here on pages come and go."""
-        session = self._session
-        if session is None or session.attachment is None or not session.circuit.closed:
-            return False
-        named = {name for name, _ in self._shelves}
-        real = {name for name, pool in self._pools.items() if getattr(pool, "kv_buffer", self) is not None}
-        return bool(self._pools) and real <= named and session.attachment.joined >= len(self._specs)
+        return self._shelves is not None and self._shelves.ready
 
     @property
     def circuit(self) -> str:
         """ "closed", "open: why" or "off: why"."""
-        return str(self._session.circuit) if self._session is not None else "off: no session"
+        return str(self._shelves.session.circuit) if self._shelves is not None else "off: could not start"
+
+    def _shelf(self, name: str, access: str = PIECES) -> Shelf | None:
+        return None if self._shelves is None else self._shelves.find(name, access)
 
     @property
     def _anchor_is_logical(self) -> bool:
-        pool = self._pools.get(KV)
-        return pool is not None and getattr(pool, "kv_buffer", self) is None
-
-    def _prepare(self) -> list[wire.NamespaceSpec]:
-        """On the session's thread, which may take its time: identify the weights, then name every new pool."""
-        if self._session is None or self._session.circuit.off:
-            return self._specs
-        try:
-            version = engine.weight_version()
-            if version != self._weight_version:
-                self._weight_version = version
-                self._shelves = {}
-            if self._pools and not self._weights:
-                self._weights = self._config.weights_id or engine.weights_identity(self._config.model_path)
-            for name, pool in list(self._pools.items()):
-                self._add_shelves(name, pool)
-        except KvdError as error:
-            self._session.turn_off(str(error))
-        except Exception as error:
-            log.exception("kvd: cannot understand the host pools")
-            self._session.turn_off(f"{type(error).__name__}: {error}")
-        return self._specs
-
-    def _add_shelves(self, name: str, pool: Any) -> None:
-        if getattr(pool, "kv_buffer", self) is None:
-            return
-        if (name, "pieces") not in self._shelves and hasattr(pool, "get_page_buffer_meta"):
-            view = view_pool(pool)
-            if name == KV and view.page_bytes != _declared_bytes(pool):
-                raise Unsupported(
-                    f"{type(pool).__name__} says a page has {_declared_bytes(pool)} bytes but shows {view.page_bytes}",
-                    "this SGLang cannot hand such a pool to a storage backend",
-                )
-            self._views[name] = view
-            self._add_shelf(name, pool, view.page_bytes, "pieces")
-        if name == KV and (name, "flat") not in self._shelves:
-            self._add_shelf(name, pool, _declared_bytes(pool), "flat")
-
-    def _add_shelf(self, name: str, pool: Any, page_bytes: int, access: str) -> None:
-        weights = f"{self._weights}:{self._weight_version}"
-        spec = namespace_spec(
-            name, pool, page_bytes, access, self._rank, weights, self._config.tenant, self._label
-        )  # fmt: skip
-        assert self._session is not None
-        assert self._copier is not None
-        number = self._specs.index(spec) if spec in self._specs else len(self._specs)
-        if number == len(self._specs):
-            self._specs.append(spec)
-        self._shelves[name, access] = Shelf(self._session, number, spec, self._copier, self._config, self._counters)
+        return self._shelves is not None and self._shelves.anchor_is_logical
 
     def _flat(self) -> Shelf | None:
         """The shelf of flat pages. A release that ignores "interface_v1" shows it by calling us this way."""
-        self._pieces = False
-        return self._shelf(KV, "flat")
-
-    def _shelf(self, name: str, access: str = "pieces") -> Shelf | None:
-        if engine.weight_version() != self._weight_version:
-            self._counters["miss_weights_changed"] += 1
-            if self._session is not None:
-                self._session.wake()
-            return None
-        shelf = self._shelves.get((name, access))
-        if shelf is None:
-            self._counters["miss_not_ready"] += 1
-        return shelf
+        self._access = FLAT
+        return self._shelf(KV, FLAT)
 
     # -- lookup --------------------------------------------------------------------------------------------
 
@@ -226,7 +140,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def _leading(self, keys: Sequence[str]) -> int:
         if self._anchor_is_logical:
             return len(keys)
-        shelf = self._shelf(KV, "pieces" if self._pieces else "flat")
+        shelf = self._shelf(KV, self._access)
         return shelf.has(keys) if shelf is not None else 0
 
     def batch_exists_v2(
@@ -263,8 +177,11 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         done = self._put(KV, keys, host_indices, prefix[-1] if prefix else "", chained=True)
         return [done] * len(keys)
 
+    def _view(self, name: str) -> PoolView | None:
+        return None if self._shelves is None else self._shelves.view(name)
+
     def _take(self, name: str, keys: Sequence[str], host_indices: Any, leading: bool) -> list[bool]:
-        shelf, view = self._shelf(name), self._views.get(name)
+        shelf, view = self._shelf(name), self._view(name)
         if shelf is None or view is None:
             return [False] * len(keys)
         pages = view.pages_of(host_indices, len(keys))
@@ -280,7 +197,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         return got
 
     def _put(self, name: str, keys: Sequence[str], host_indices: Any, parent: str, chained: bool) -> bool:
-        shelf, view = self._shelf(name), self._views.get(name)
+        shelf, view = self._shelf(name), self._view(name)
         if shelf is None or view is None:
             return False
         pages = view.pages_of(host_indices, len(keys))
@@ -380,10 +297,8 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
 
     def close(self) -> None:
         """Detach. Idempotent, well under a second."""
-        if self._session is not None:
-            self._session.close()
-        if self._copier is not None:
-            self._copier.close()
+        if self._shelves is not None:
+            self._shelves.close()
 
     def _clock(self, what: str, pages: int, page_bytes: int, started: float) -> None:
         seconds = time.perf_counter() - started
@@ -395,10 +310,6 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         if what not in self._said and len(self._said) < 64:
             self._said.add(what)
             log.warning("kvd (pid %d): %s", os.getpid(), what)
-
-
-def _declared_bytes(pool: Any) -> int:
-    return int(pool.size_per_token) * int(pool.page_size)
 
 
 def _text(name: Any) -> str:

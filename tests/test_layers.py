@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("sidecar", "router", "planner", "storage")
 PURE = (
     "kvd.pages", "kvd.places", "kvd.daemon.leases", "kvd.daemon.residency", "kvd.daemon.sessions", "kvd.daemon.node",
+    "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.recovery", "kvd.daemon.labels", "kvd.daemon.scratch",
     "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}

@@ -1,4 +1,4 @@
-"""The node: what happens to pages. Composes residency, leases, the arena and the index; no sockets, no clock.
+"""The node: what happens to pages. Composes residency, leases, space, the arena and the index; no sockets, no clock.
 
 Each method is one request: it changes memory that the node owns and returns the reply. A page becomes visible
 only when every shard of it is committed, and leaves the index before its slots are reused.
@@ -6,36 +6,23 @@ only when every shard of it is committed, and leaves the index before its slots 
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from kvd import wire
 from kvd.daemon.labels import Labels
 from kvd.daemon.leases import Leases, Reservation
+from kvd.daemon.partials import Partials
+from kvd.daemon.recovery import whole_pages
 from kvd.daemon.residency import NO_PARENT, Group, Residency
 from kvd.daemon.sessions import Session, Sessions
+from kvd.daemon.space import EVICT_AT_ONCE, Space
 from kvd.errors import PeerError, Refused
 from kvd.index import IndexWriter
 from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
 from kvd.storage.arena import Arena, Header, slot_bytes_for, slots_per_extent
 
 MAX_TTL_S = 60.0
-PARTIAL_TTL_S = 60.0
 MAX_SHARDS = 1024
 MAX_NAMESPACES = 256  # of one session
-EVICT_AT_ONCE = 32
-
-
-@dataclass(slots=True)
-class Partial:
-    """A page of which some shards are committed: not visible yet."""
-
-    namespace: bytes
-    key: bytes
-    parent: bytes
-    slots: dict[int, int]
-    shards: int
-    length: int
-    born: float
 
 
 class Node:
@@ -50,7 +37,8 @@ class Node:
         self.counters: Counter[str] = Counter()
         self.warm_pages = 0
         self.labels = Labels()
-        self._partials: dict[bytes, Partial] = {}
+        self._partials = Partials()
+        self.space = Space(arena, index, self.residency, sessions, self.labels, self.counters)
         self._writing: set[tuple[bytes, int]] = set()  # namespace + key, shard
 
     # -- registration --------------------------------------------------------------------------------------
@@ -126,7 +114,7 @@ class Node:
                 continue
             header = self.arena.header(slot)
             if not self._matches(group, slot, header):
-                self.quarantine(group, "header")
+                self.space.quarantine(group, "header")
                 rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
                 continue
             self.residency.touch(group, now)
@@ -155,7 +143,7 @@ class Node:
             return
         for position in bad:
             if 0 <= position < len(lease.groups):
-                self.quarantine(lease.groups[position], "payload")
+                self.space.quarantine(lease.groups[position], "payload")
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -176,7 +164,7 @@ class Node:
             if self._skip(spec, key, now):
                 verdict = wire.HELD
             elif not full:
-                slot = self._take(size_class, now, len(keys) - len(rows))
+                slot = self.space.take(size_class, now, len(keys) - len(rows))
                 full = slot is None
             if slot is None:
                 rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
@@ -200,8 +188,7 @@ class Node:
         if group is not None:
             self.residency.touch(group, now)
             return True
-        partial = self._partials.get(name)
-        return (partial is not None and spec.shard in partial.slots) or (name, spec.shard) in self._writing
+        return (name, spec.shard) in self._writing or self._partials.has(spec.digest, key, spec.shard)
 
     def commit(self, session: Session, request: wire.CommitPages, now: float) -> wire.Committed:
         """Close a reservation: committed pages become visible once all their shards are, the rest is given up."""
@@ -234,19 +221,12 @@ class Node:
         if shards == 1:
             self._admit(namespace, key, parent, (slot,), length, now)
             return
-        name = namespace + key
-        partial = self._partials.get(name)
+        partial = self._partials.add(namespace, key, parent, reservation.shard, shards, length, slot, now)
         if partial is None:
-            partial = self._partials[name] = Partial(namespace, key, parent, {}, shards, length, now)
-        if partial.shards != shards or partial.length != length or reservation.shard in partial.slots:
             self.arena.give(slot)  # ranks disagree: the namespace should have kept them apart
             self.counters["shard_conflicts"] += 1
-            return
-        partial.slots[reservation.shard] = slot
-        if len(partial.slots) == shards:
-            del self._partials[name]
-            slots = tuple(partial.slots[shard] for shard in range(shards))
-            self._admit(namespace, key, partial.parent, slots, length, now)
+        elif partial.whole:
+            self._admit(namespace, key, partial.parent, partial.in_order, length, now)
 
     def _admit(
         self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float
@@ -254,103 +234,9 @@ class Node:
         size_class = self.arena.slot_bytes(slots[0])
         group = self.residency.admit(namespace, key, parent, slots, length, size_class, now)
         if not self.index.publish(namespace, key, group.place, group.depth):
-            self._evict(size_class, EVICT_AT_ONCE, now)
+            self.space.evict(size_class, EVICT_AT_ONCE, now)
             if not self.index.publish(namespace, key, group.place, group.depth):
                 self.counters["index_full"] += 1
-
-    # -- room ----------------------------------------------------------------------------------------------
-
-    def _take(self, size_class: int, now: float, want: int) -> int | None:
-        slot = self.arena.take(size_class)
-        if slot is None and self._make_room(size_class, now, want):
-            slot = self.arena.take(size_class)
-        return slot
-
-    def _make_room(self, size_class: int, now: float, want: int) -> bool:
-        """Evict from the class, or take an extent from a class whose oldest page is idle for twice as long."""
-        own = self.residency.oldest_use(size_class)
-        others = [
-            (oldest, other)
-            for other in self.residency.size_classes()
-            if other != size_class and (oldest := self.residency.oldest_use(other)) is not None
-        ]
-        if self._take_idle_extent(size_class):
-            return True
-        if others:
-            oldest, other = min(others)
-            if (own is None or now - oldest > 2 * (now - own)) and self._take_extent(other, now):
-                return True
-        return self._evict(size_class, min(max(want, 1), EVICT_AT_ONCE), now) > 0
-
-    def _take_idle_extent(self, size_class: int) -> bool:
-        extent = self.arena.idle_extent(size_class)
-        if extent is None:
-            return False
-        self.arena.release_extent(extent)
-        return True
-
-    def _take_extent(self, size_class: int, now: float) -> bool:
-        """Empty the extent of a class that holds its next candidate; False when something in it is in use."""
-        first = self.residency.candidate(size_class)
-        if first is None:
-            return False
-        extent = self.arena.extent_of(first.slots[0])
-        inside = [g for g in self.residency if any(self.arena.extent_of(s) == extent for s in g.slots)]
-        if sum(len(g.slots) for g in inside) != self.arena.in_use(extent):
-            return False  # reservations or partial pages live there too
-        victims = self.residency.with_descendants(inside)
-        if any(g.held for g in victims):
-            return False
-        for group in victims:
-            group.leaving = True
-        self._remove_unheld(victims, now)
-        if self.arena.in_use(extent):
-            return False
-        self.arena.release_extent(extent)
-        return True
-
-    def _evict(self, size_class: int, want: int, now: float) -> int:
-        return self._remove_unheld(self.residency.victims(size_class, want), now)
-
-    def _remove_unheld(self, victims: list[Group], now: float) -> int:
-        """Withdraw, then look at the lease tables, then remove: the order kvd.leasetable relies on."""
-        for group in victims:
-            self.index.withdraw(group.namespace, group.key)
-        held = self.sessions.held_places(now) if victims else set()
-        removed = 0
-        for group in victims:
-            if group.place in held or group.children:
-                self.residency.spare(group)
-                self.index.publish(group.namespace, group.key, group.place, group.depth)
-                continue
-            self._forget(group)
-            removed += 1
-            for sibling in self._siblings(group):
-                self.index.withdraw(sibling.namespace, sibling.key)
-                self._forget(sibling)
-        self.counters["ram_evicted"] += removed
-        return removed
-
-    def _siblings(self, group: Group) -> Iterable[Group]:
-        """Idle pages of the same model's side pools that are of no use without this one."""
-        found = (self.residency.get(digest, group.key) for digest in self.labels.side_pools(group.namespace))
-        return [g for g in found if g is not None and not g.held and not g.children]
-
-    def _forget(self, group: Group, quarantined: bool = False) -> None:
-        self.residency.remove(group)
-        for slot in group.slots:
-            self.arena.give(slot, quarantined=quarantined)
-
-    def quarantine(self, group: Group, part: str) -> None:
-        """A page is not what was stored: never serve it again, keep its descendants as chains of their own."""
-        if self.residency.by_place(group.place) is not group:
-            return
-        self.counters[f"corrupt_{part}"] += 1
-        self.index.withdraw(group.namespace, group.key)
-        for other in self.residency.disown(group):
-            self.index.withdraw(other.namespace, other.key)
-            self.index.publish(other.namespace, other.key, other.place, other.depth)
-        self._forget(group, quarantined=True)
 
     # -- time and death ------------------------------------------------------------------------------------
 
@@ -371,8 +257,7 @@ class Node:
         overdue = self.leases.expire(now)
         self.counters["reservations_expired"] += len(overdue)
         self.take_back(overdue)
-        for name, partial in [(n, p) for n, p in self._partials.items() if p.born + PARTIAL_TTL_S <= now]:
-            del self._partials[name]
+        for partial in self._partials.expire(now):
             self.counters["partial_pages_expired"] += 1
             for slot in partial.slots.values():
                 self.arena.give(slot)
@@ -381,35 +266,9 @@ class Node:
 
     def recover(self, found: Iterable[tuple[int, Header]], now: float) -> None:
         """Admit every whole page among the sealed slots, parents before children; free the rest."""
-        shards: dict[bytes, dict[int, tuple[int, Header]]] = {}
-        spare: list[int] = []
-        for slot, header in found:
-            mine = shards.setdefault(header.namespace + header.key, {})
-            if header.shard in mine or not 0 <= header.shard < header.shards:
-                spare.append(slot)
-            else:
-                mine[header.shard] = (slot, header)
-        whole: dict[bytes, list[tuple[int, Header]]] = {}
-        for name, parts in shards.items():
-            ordered = [parts[shard] for shard in sorted(parts)]
-            alike = {(h.shards, h.length, h.parent) for _, h in ordered} == {
-                (len(ordered), ordered[0][1].length, ordered[0][1].parent)
-            }
-            if alike:
-                whole[name] = ordered
-            else:
-                spare += [slot for slot, _ in ordered]
-        for start in list(whole):
-            chain: dict[bytes, None] = {}  # ordered, and a header that lies about its parent may make a ring
-            name = start
-            while name in whole and name not in chain:
-                chain[name] = None
-                name = name[:NAMESPACE_BYTES] + whole[name][0][1].parent
-            for link in reversed(chain):
-                parts_here = whole.pop(link)
-                header = parts_here[0][1]
-                slots = tuple(slot for slot, _ in parts_here)
-                self._admit(header.namespace, header.key, header.parent, slots, header.length, now)
+        pages, spare = whole_pages(found)
+        for header, slots in pages:
+            self._admit(header.namespace, header.key, header.parent, slots, header.length, now)
         for slot in spare:
             self.arena.give(slot)
         self.warm_pages = len(self.residency)
@@ -417,8 +276,7 @@ class Node:
     def faults(self) -> list[str]:
         """Broken invariants of everything the node owns, in words."""
         owned = {slot for group in self.residency for slot in group.slots}
-        owned |= {slot for partial in self._partials.values() for slot in partial.slots.values()}
-        owned |= self.leases.reserved_slots()
+        owned |= self._partials.slots() | self.leases.reserved_slots()
         found = self.residency.faults() + self.leases.faults() + self.arena.faults(owned)
         if len(self.index) != len(self.residency):
             found.append(f"index holds {len(self.index)} pages, {len(self.residency)} are resident")

@@ -33,9 +33,6 @@ def drop(node: Node, session: Session) -> None:
     for group in sorted(groups, key=lambda group: -group.depth):
         if group.held or group.children:
             continue
-        node.index.withdraw(group.namespace, group.key)
-        node.residency.remove(group)
-        for slot in group.slots:
-            node.arena.give(slot)
+        node.space.drop(group)
     for digest in digests:
         node.labels.forget(digest)

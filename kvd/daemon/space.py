@@ -1,0 +1,125 @@
+"""Room for pages: free slots, and what has to leave for them. Changes the memory it is handed; no clock.
+
+Always true: a page is out of the index before the lease tables are read, and those before its slots are reused.
+"""
+
+from collections import Counter
+
+from kvd.daemon.labels import Labels
+from kvd.daemon.residency import Group, Residency
+from kvd.daemon.sessions import Sessions
+from kvd.index import IndexWriter
+from kvd.storage.arena import Arena
+
+EVICT_AT_ONCE = 32  # reading the lease tables is the dear part: share it
+
+
+class Space:
+    """Takes slots and makes room for them."""
+
+    def __init__(
+        self, arena: Arena, index: IndexWriter, residency: Residency, sessions: Sessions, labels: Labels,
+        counters: Counter[str],
+    ) -> None:  # fmt: skip
+        self._arena = arena
+        self._index = index
+        self._residency = residency
+        self._sessions = sessions
+        self._labels = labels
+        self._counters = counters
+
+    def take(self, size_class: int, now: float, want: int) -> int | None:
+        """A slot, for the first of `want` pages; None when nothing can leave."""
+        slot = self._arena.take(size_class)
+        if slot is None and self._make_room(size_class, now, want):
+            slot = self._arena.take(size_class)
+        return slot
+
+    def evict(self, size_class: int, want: int, now: float) -> int:
+        """Evict up to `want` pages of a class; how many left."""
+        return self._remove_unheld(self._residency.victims(size_class, want), now)
+
+    def drop(self, group: Group) -> None:
+        """Forget an idle leaf at once."""
+        self._index.withdraw(group.namespace, group.key)
+        self._forget(group)
+
+    def quarantine(self, group: Group, part: str) -> None:
+        """A page is not what was stored: never serve it again, keep its descendants as chains of their own."""
+        if self._residency.by_place(group.place) is not group:
+            return
+        self._counters[f"corrupt_{part}"] += 1
+        self._index.withdraw(group.namespace, group.key)
+        for other in self._residency.disown(group):
+            self._index.withdraw(other.namespace, other.key)
+            self._publish(other)
+        self._forget(group, quarantined=True)
+
+    def _make_room(self, size_class: int, now: float, want: int) -> bool:
+        """Evict from the class, or take an extent from a class whose oldest page is idle for twice as long."""
+        idle = self._arena.idle_extent(size_class)
+        if idle is not None:
+            self._arena.release_extent(idle)
+            return True
+        own = self._residency.oldest_use(size_class)
+        others = [
+            (oldest, other)
+            for other in self._residency.size_classes()
+            if other != size_class and (oldest := self._residency.oldest_use(other)) is not None
+        ]
+        if others:
+            oldest, other = min(others)
+            if (own is None or now - oldest > 2 * (now - own)) and self._empty_extent(other, now):
+                return True
+        return self.evict(size_class, min(max(want, 1), EVICT_AT_ONCE), now) > 0
+
+    def _empty_extent(self, size_class: int, now: float) -> bool:
+        """Empty the extent of a class that holds its next candidate; False when something in it is in use."""
+        first = self._residency.candidate(size_class)
+        if first is None:
+            return False
+        extent = self._arena.extent_of(first.slots[0])
+        inside = [g for g in self._residency if any(self._arena.extent_of(s) == extent for s in g.slots)]
+        slots_inside = sum(self._arena.extent_of(s) == extent for g in inside for s in g.slots)
+        if slots_inside != self._arena.in_use(extent):
+            return False  # reservations or partial pages live there too
+        victims = self._residency.with_descendants(inside)
+        if any(group.held for group in victims):
+            return False
+        for group in victims:
+            group.leaving = True
+        self._remove_unheld(victims, now)
+        if self._arena.in_use(extent):
+            return False
+        self._arena.release_extent(extent)
+        return True
+
+    def _remove_unheld(self, victims: list[Group], now: float) -> int:
+        for group in victims:
+            self._index.withdraw(group.namespace, group.key)
+        held = self._sessions.held_places(now) if victims else set()
+        removed = 0
+        for group in victims:
+            if group.place in held or group.children:
+                self._residency.spare(group)
+                self._publish(group)
+                continue
+            self._forget(group)
+            removed += 1
+            for sibling in self._idle_side_pages(group):
+                self.drop(sibling)
+        self._counters["ram_evicted"] += removed
+        return removed
+
+    def _idle_side_pages(self, group: Group) -> list[Group]:
+        """Pages of the same model's side pools that are of no use without this one."""
+        found = (self._residency.get(digest, group.key) for digest in self._labels.side_pools(group.namespace))
+        return [page for page in found if page is not None and not page.held and not page.children]
+
+    def _publish(self, group: Group) -> None:
+        self._index.publish(group.namespace, group.key, group.place, group.depth)
+
+    def _forget(self, group: Group, quarantined: bool = False) -> None:
+        self._residency.remove(group)
+        for slot in group.slots:
+            self._arena.give(slot, quarantined=quarantined)
