@@ -107,25 +107,27 @@ class IndexReader:
 
 
 def leading_run(count: int, probe: Callable[[int], tuple[int, int] | None]) -> Match:
-    """Longest proven prefix of a chain: gallop, then bisect. `probe(i)` is (place, proven ancestors) or None."""
-    proven = 0
+    """Longest proven prefix of a chain. `probe(i)` is (place, proven ancestors) or None.
+
+    The first page, then the last, then bisection: nothing held takes one probe, all held takes two.
+    """
+    proven, absent = 0, count
     tips: list[int] = []
-    absent = count
-    step = 1
-    at = min(count, 1) - 1
+    at = 0
     while proven < absent:
-        at = min(max(at, proven), absent - 1)
-        run = _prove(at, proven, probe)
-        if isinstance(run, int):
-            absent = run
-            step = 0
+        found = probe(at)
+        if found is None:
+            absent = at
         else:
-            tips = [*(tips if run[1] else []), *run[0]]
-            proven = at + 1
-            step *= 2
-        at = proven + step - 1 if step else (proven + absent) // 2
-        if at >= absent:
-            at = absent - 1
+            place, depth = found
+            older = at - depth - 1  # not proven by this page
+            run = _prove(older, proven, probe) if older >= proven else ([], older >= 0)
+            if isinstance(run, int):
+                absent = run
+            else:
+                tips = [*(tips if run[1] else ()), place, *run[0]]
+                proven = at + 1
+        at = (proven + absent) // 2 if at else absent - 1
     return Match(proven, tuple(tips))
 
 

@@ -7,6 +7,7 @@ Exit status: 0 after a clean stop, 78 when a setting is wrong (systemd does not 
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -36,6 +37,9 @@ async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finish)
     loop.set_exception_handler(lambda _, what: finish(what.get("exception") or RuntimeError(what["message"])))
+    # Pages are many, long-lived and hold no garbage: a full collection over them would stall every worker for tens of
+    # milliseconds. The shell collects the young ones.
+    gc.disable()
     with open_room(settings, inherited) as room:
         shell = Shell(settings, room)
         try:

@@ -9,7 +9,7 @@ that are waited for: when `store` or `load` returns, nobody touches the worker's
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -30,27 +30,29 @@ class Move(NamedTuple):
     checksum: bytes = b""
 
 
-def digest(pieces: Sequence[Bytes]) -> bytes:
-    """Checksum of a page."""
-    if len(pieces) == 1:
-        return xxhash.xxh3_128_digest(pieces[0].data)
-    running = xxhash.xxh3_128()
-    for piece in pieces:
-        running.update(piece.data)
-    return running.digest()
+class Hasher(Protocol):
+    """A checksum in the making, such as xxhash's."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def digest(self) -> bytes: ...
 
 
-def unchecked(pieces: Sequence[Bytes]) -> bytes:
+class Unchecked:
     """No checksum at all: only the benchmark uses it, to show what checksums cost."""
-    return bytes(CHECKSUM_BYTES)
+
+    def update(self, data: Any, /) -> None: ...
+
+    def digest(self) -> bytes:
+        return bytes(CHECKSUM_BYTES)
 
 
 class Copier:
     """`close` may be called twice."""
 
-    def __init__(self, threads: int, digest: Callable[[Sequence[Bytes]], bytes] = digest) -> None:
+    def __init__(self, threads: int, hasher: Callable[[], Hasher] = xxhash.xxh3_128) -> None:
         self._threads = threads
-        self._digest = digest
+        self._hasher = hasher
         self._pool = ThreadPoolExecutor(threads - 1, "kvd-copy") if threads > 1 else None
 
     def store(
@@ -58,13 +60,20 @@ class Copier:
     ) -> list[bytes]:
         """Worker -> arena. Checksums of the leading pages that were copied before the deadline."""
 
+        hasher = self._hasher
+
         def one(move: Move) -> bytes:
-            pieces = source.pieces(move.page)
-            if sum(piece.nbytes for piece in pieces) != length:
-                return b""
-            checksum = self._digest(pieces)
-            _copy_in(pieces, arena[move.offset : move.offset + length])
-            return checksum
+            # Piece by piece: what the checksum has read is still in the cache when it is copied.
+            running = hasher()
+            at, end = move.offset, move.offset + length
+            for piece in source.pieces(move.page):
+                next_at = at + piece.nbytes
+                if next_at > end:
+                    return b""
+                running.update(piece.data)
+                np.copyto(arena[at:next_at], piece)
+                at = next_at
+            return running.digest() if at == end else b""
 
         return self._run(one, moves, length, deadline)
 
@@ -73,12 +82,21 @@ class Copier:
     ) -> list[bool]:
         """Arena -> worker. For the leading pages reached before the deadline: did the right bytes arrive?"""
 
+        hasher = self._hasher
+
         def one(move: Move) -> bool:
-            pieces = source.pieces(move.page)
-            if sum(piece.nbytes for piece in pieces) != length:
+            running = hasher()
+            at, end = move.offset, move.offset + length
+            for piece in source.pieces(move.page):
+                next_at = at + piece.nbytes
+                if next_at > end:
+                    break
+                np.copyto(piece, arena[at:next_at])
+                running.update(piece.data)
+                at = next_at
+            if at != end:
                 raise ValueError(f"the worker's page has not the {length} bytes of the stored one")
-            _copy_out(arena[move.offset : move.offset + length], pieces)
-            return self._digest(pieces) == move.checksum
+            return running.digest() == move.checksum
 
         return self._run(one, moves, length, deadline)
 
@@ -114,17 +132,3 @@ class Copier:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
-
-
-def _copy_in(pieces: Sequence[Bytes], slot: Bytes) -> None:
-    at = 0
-    for piece in pieces:
-        np.copyto(slot[at : at + piece.nbytes], piece)
-        at += piece.nbytes
-
-
-def _copy_out(slot: Bytes, pieces: Sequence[Bytes]) -> None:
-    at = 0
-    for piece in pieces:
-        np.copyto(piece, slot[at : at + piece.nbytes])
-        at += piece.nbytes

@@ -31,7 +31,7 @@ STALLED_AFTER_S = 1.0
 CLOSE_TIMEOUT_S = 0.5
 REPORT_EVERY_S = 1.0
 _BACKOFF_S = (0.05, 1.0)  # first, longest
-_MAP_STEP = 256 << 20
+_MAP_STEP, _MAP_EVERY_MS = 16 << 20, 10
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ class Session:
         poll = select.poll()
         poll.register(link.sock, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        pings, sent_at, answered, reported_at, mapped = 0, 0.0, True, 0.0, 0
+        pings, sent_at, answered, reported_at, mapped, faulted = 0, 0.0, True, 0.0, 0, 0
         while not self._stopping:
             now = time.monotonic()
             if answered:
@@ -158,7 +158,9 @@ class Session:
                     link.send(wire.Report(str(self.circuit)[:1000], dict(self._counters)))
             if not answered and now - sent_at > STALLED_AFTER_S:
                 self.trip("kvd does not answer")
-            for fd, _ in poll.poll(100 if not answered else PING_EVERY_S * 1000):
+            mapped = self._map(attachment, mapped, faulted)
+            pause_ms = _MAP_EVERY_MS if mapped < faulted else 1000 * PING_EVERY_S if answered else 100
+            for fd, _ in poll.poll(pause_ms):
                 if fd == self._wake:
                     os.eventfd_read(self._wake)
                     sent_at = min(sent_at, time.monotonic() - PING_EVERY_S) if answered else sent_at
@@ -169,7 +171,7 @@ class Session:
                         if self.circuit.proved(sent_at):
                             log.info("kvd: circuit closed")
                             reported_at = 0.0
-                    mapped = self._map(attachment, mapped, pong.faulted_bytes)
+                    faulted = min(pong.faulted_bytes, attachment.arena.nbytes) & ~4095
 
     def _join(self, attachment: Attachment) -> None:
         specs = self._specs()
@@ -191,10 +193,10 @@ class Session:
     @staticmethod
     def _map(attachment: Attachment, mapped: int, faulted: int) -> int:
         """Enter what the daemon has faulted in into our page tables, a step per call."""
-        end = min(faulted, mapped + _MAP_STEP, attachment.arena.nbytes) & ~4095
-        if end <= mapped or not map_pages(attachment.arena, mapped, end):
-            return mapped
-        return end
+        end = min(faulted, mapped + _MAP_STEP)
+        if end > mapped and not map_pages(attachment.arena, mapped, end):
+            return faulted  # this kernel cannot: pages are mapped when they are first used
+        return max(end, mapped)
 
     def _pause(self, seconds: float) -> None:
         poll = select.poll()

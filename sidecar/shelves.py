@@ -1,7 +1,7 @@
 """A worker's pools and their shelves: what SGLang registers, under the names that say exactly what it is.
 
 Registering returns at once; the session's thread, which may take its time, reads the weights and names each pool
-(`prepare`). Until a pool is named, and for good when it cannot be named safely, there is no shelf: every call is a miss.
+(`prepare`). Until a pool is named, and for good when it cannot be named safely, it has no shelf: every call is a miss.
 A change of the weights in memory takes all shelves away and names the pools anew.
 """
 

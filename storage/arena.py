@@ -23,6 +23,7 @@ import xxhash
 
 SUPERBLOCK: Final = struct.Struct("<8sIII")
 EXTENT: Final = struct.Struct("<8sIII")
+_SEALED: Final = struct.Struct("<IIHH16s32s32s16s")  # what a seal covers: a header between state and seal
 HEADER: Final = struct.Struct("<IIIHH16s32s32s16sQ8x")
 SUPERBLOCK_BYTES: Final = 4096
 EXTENT_HEADER_BYTES: Final = 64
@@ -33,6 +34,7 @@ EXTENT_MAGIC: Final = b"KVDEXTNT"
 VERSION: Final = 1
 FREE, RESERVED, COMMITTED, QUARANTINED = range(4)
 _SLOT_BITS: Final = 20
+_POSITION: Final = (1 << _SLOT_BITS) - 1
 
 assert HEADER_BYTES == 128
 
@@ -81,9 +83,12 @@ class Arena:
         self.extents = (len(memory) - SUPERBLOCK_BYTES) // extent_bytes
         self._slot_bytes = [0] * self.extents  # 0: free extent
         self._slots = [0] * self.extents
+        self._headers_at = [self._base(extent) + EXTENT_HEADER_BYTES for extent in range(self.extents)]
+        self._payload_at = [0] * self.extents
         self._free_extents = deque(range(self.extents))
         self._free: dict[int, deque[int]] = {}
         self._in_use = [0] * self.extents
+        self._closed: set[int] = set()
 
     # -- the file ------------------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ class Arena:
             if slots != slots_per_extent(self.extent_bytes, slot_bytes):
                 self._free_extents.append(extent)
                 continue
-            self._slot_bytes[extent], self._slots[extent] = slot_bytes, slots
+            self._own(extent, slot_bytes, slots)
             for position in range(slots):
                 slot = extent << _SLOT_BITS | position
                 header = self.header(slot)
@@ -156,7 +161,8 @@ class Arena:
         """Return a slot, to be reused after all others. An idle extent stays with its class until asked for."""
         self._set_state(slot, QUARANTINED if quarantined else FREE)
         self._in_use[slot >> _SLOT_BITS] -= 1
-        self._free.setdefault(self.slot_bytes(slot), deque()).append(slot)
+        if slot >> _SLOT_BITS not in self._closed:
+            self._free.setdefault(self.slot_bytes(slot), deque()).append(slot)
 
     def seal(
         self, slot: int, length: int, shard: int, shards: int, namespace: bytes, key: bytes, parent: bytes,
@@ -165,12 +171,26 @@ class Arena:
         """Commit a slot: header, seal, then state."""
         at = self._header_at(slot)
         generation = self._words[at // 4 + 1]
-        HEADER.pack_into(
-            self._memory, at, RESERVED, generation, length, shard, shards, namespace, key, parent, checksum, 0
-        )
-        seal = xxhash.xxh3_64_intdigest(self._memory[at + 4 : at + 112])
-        struct.pack_into("<Q", self._memory, at + 112, seal)
+        fields = (generation, length, shard, shards, namespace, key, parent, checksum)
+        seal = xxhash.xxh3_64_intdigest(_SEALED.pack(*fields))
+        HEADER.pack_into(self._memory, at, RESERVED, *fields, seal)
         self._words[at // 4] = COMMITTED
+
+    def close_extent(self, extent: int) -> None:
+        """Hand out none of its slots any more; what is in use stays until it is given back."""
+        self._closed.add(extent)
+        free = self._free.get(self._slot_bytes[extent], deque())
+        self._free[self._slot_bytes[extent]] = deque(slot for slot in free if slot >> _SLOT_BITS != extent)
+
+    def committed(self, extent: int, start: int, count: int) -> list[Header]:
+        """Headers of committed slots among `count` positions of an extent."""
+        end = min(start + count, self._slots[extent])
+        headers = (self.header(extent << _SLOT_BITS | position) for position in range(start, end))
+        return [header for header in headers if header.state == COMMITTED]
+
+    def slots(self, extent: int) -> int:
+        """How many slots an extent has."""
+        return self._slots[extent]
 
     def release_extent(self, extent: int) -> None:
         """Give an extent whose slots are all free back to every class."""
@@ -180,6 +200,7 @@ class Arena:
         self._free[size_class] = deque(slot for slot in free if slot >> _SLOT_BITS != extent)
         EXTENT.pack_into(self._memory, self._base(extent), b"", 0, 0, 0)
         self._slot_bytes[extent] = self._slots[extent] = 0
+        self._closed.discard(extent)
         self._free_extents.append(extent)
 
     def _assign(self, extent: int, size_class: int) -> None:
@@ -190,20 +211,23 @@ class Arena:
         for position in range(slots):
             self._words[(headers + HEADER_BYTES * position) // 4] = FREE
         EXTENT.pack_into(self._memory, base, EXTENT_MAGIC, VERSION, size_class, slots)
-        self._slot_bytes[extent], self._slots[extent] = size_class, slots
+        self._own(extent, size_class, slots)
         first = extent << _SLOT_BITS
         self._free.setdefault(size_class, deque()).extend(range(first, first + slots))
+
+    def _own(self, extent: int, slot_bytes: int, slots: int) -> None:
+        self._slot_bytes[extent], self._slots[extent] = slot_bytes, slots
+        self._payload_at[extent] = self._base(extent) + payload_start(slots)
 
     # -- reading -------------------------------------------------------------------------------------------
 
     def offset(self, slot: int) -> int:
         """Where the slot's payload begins, from the start of the arena."""
         extent = slot >> _SLOT_BITS
-        position = slot & ((1 << _SLOT_BITS) - 1)
-        return self._base(extent) + payload_start(self._slots[extent]) + position * self._slot_bytes[extent]
+        return self._payload_at[extent] + (slot & _POSITION) * self._slot_bytes[extent]
 
     def header(self, slot: int) -> Header:
-        return Header(*HEADER.unpack_from(self._memory, self._header_at(slot)))
+        return Header._make(HEADER.unpack_from(self._memory, self._header_at(slot)))
 
     def generation(self, slot: int) -> int:
         return self._words[self._header_at(slot) // 4 + 1]
@@ -212,9 +236,10 @@ class Arena:
         at = self._header_at(slot)
         return bytes(self._memory[at + 96 : at + 112])
 
-    def intact(self, slot: int) -> bool:
-        """Committed, and the header is what was sealed."""
-        return self._words[self._header_at(slot) // 4] == COMMITTED and self._sealed(slot)
+    def intact(self, slot: int, header: Header) -> bool:
+        """`header`, just read, is of a committed page and is what was sealed."""
+        at = self._header_at(slot)
+        return header.state == COMMITTED and header.seal == xxhash.xxh3_64_intdigest(self._memory[at + 4 : at + 112])
 
     def slot_bytes(self, slot: int) -> int:
         return self._slot_bytes[slot >> _SLOT_BITS]
@@ -247,7 +272,7 @@ class Arena:
         found += [f"slot {slot:#x} is free and owned" for slot in free & owned]
         for extent in range(self.extents):
             slots = {extent << _SLOT_BITS | p for p in range(self._slots[extent])}
-            if lost := slots - free - owned:
+            if (lost := slots - free - owned) and extent not in self._closed:
                 found.append(f"extent {extent}: {len(lost)} slots are neither free nor owned")
             if len(slots & owned) != self._in_use[extent]:
                 found.append(f"extent {extent} counts {self._in_use[extent]} slots in use")
@@ -257,8 +282,7 @@ class Arena:
         return SUPERBLOCK_BYTES + extent * self.extent_bytes
 
     def _header_at(self, slot: int) -> int:
-        position = slot & ((1 << _SLOT_BITS) - 1)
-        return self._base(slot >> _SLOT_BITS) + EXTENT_HEADER_BYTES + HEADER_BYTES * position
+        return self._headers_at[slot >> _SLOT_BITS] + HEADER_BYTES * (slot & _POSITION)
 
     def _set_state(self, slot: int, state: int) -> None:
         self._words[self._header_at(slot) // 4] = state

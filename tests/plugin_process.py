@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvd import wire
-from kvd.sidecar import hicache
+from kvd.sidecar import copier, hicache
 from tests.sglang_controller import pools
 
 PAGE_TOKENS, PAGES = 4, 512
@@ -94,7 +94,7 @@ class Worker:
             case "stats":
                 return self.plugin.stats()
             case "hang_in_copy":  # from here on every copy stops after the reservation or lease was granted
-                hicache.Copier.store = hicache.Copier.load = lambda *_, **__: time.sleep(3600)  # type: ignore[assignment]
+                copier.Copier.store = copier.Copier.load = lambda *_, **__: time.sleep(3600)  # type: ignore[assignment]
                 return True
             case "close":
                 self.plugin.close()

@@ -132,7 +132,7 @@ class Node:
             header.key == group.key
             and header.namespace == group.namespace
             and header.length == group.length
-            and self.arena.intact(slot)
+            and self.arena.intact(slot, header)
         )
 
     def release(self, session: Session, lease_id: int, bad: list[int]) -> None:

@@ -28,7 +28,9 @@ class Group:
     size_class: int  # slot bytes
     last_use: float
     parent: "Group | None" = None
-    children: int = 0
+    first_child: "Group | None" = None
+    previous: "Group | None" = None  # among the parent's children
+    next: "Group | None" = None
     depth: int = 0
     leases: int = 0
     pins: int = 0
@@ -39,6 +41,10 @@ class Group:
     def place(self) -> int:
         """What the index and the lease tables call this group."""
         return self.id << 32 | self.generation
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.first_child is None
 
     @property
     def held(self) -> bool:
@@ -92,8 +98,7 @@ class Residency:
         self._groups[name] = group
         parent = self._groups.get(namespace + parent_key) if parent_key != NO_PARENT else None
         if parent is not None and parent.size_class == size_class:
-            group.parent, group.depth = parent, parent.depth + 1
-            parent.children += 1
+            _hang(group, parent)
             self._leaves[parent.size_class].pop(parent.id, None)
         self._leaves.setdefault(size_class, OrderedDict())[group_id] = group
         return group
@@ -105,7 +110,7 @@ class Residency:
 
     def remove(self, group: Group) -> None:
         """Forget a leaf. Its parent may become one, and is then next in line unless it was used since."""
-        assert group.children == 0, "eviction is leaf first"
+        assert group.is_leaf, "eviction is leaf first"
         del self._groups[group.namespace + group.key]
         self._ids[group.id] = None
         self._free_ids.append(group.id)
@@ -113,8 +118,8 @@ class Residency:
         leaves.pop(group.id, None)
         parent = group.parent
         if parent is not None:
-            parent.children -= 1
-            if parent.children == 0:
+            _unhang(group)
+            if parent.is_leaf:
                 leaves[parent.id] = parent
                 if parent.last_use <= group.last_use:
                     leaves.move_to_end(parent.id, last=False)
@@ -154,32 +159,36 @@ class Residency:
                 group.leaving = True
                 chosen.append(group)
                 parent = group.parent
-                alone = parent is not None and parent.children == 1 and not parent.used and not parent.held
+                alone = parent is not None and _only_child(group) and not parent.used and not parent.held
                 group = parent if alone else None
         return chosen
 
-    def spare(self, group: Group) -> None:
-        """A victim turned out to be held: to the end of the line."""
+    def spare(self, group: Group, now: float) -> None:
+        """A victim turned out to be held: somebody looked it up. To the end of the line."""
         group.leaving = False
+        group.last_use = now
         leaves = self._leaves[group.size_class]
         if group.id in leaves:
             leaves.move_to_end(group.id)
 
     def with_descendants(self, groups: list[Group]) -> list[Group]:
-        """The groups and all that hangs below them, leaves first. Linear in the number of resident groups."""
-        members = {group.id: group for group in groups}
-        for other in sorted((g for g in self if g.parent is not None), key=lambda g: g.depth):
-            if other.parent is not None and other.parent.id in members:
-                members[other.id] = other
-        return sorted(members.values(), key=lambda g: -g.depth)
+        """The groups and all that hangs below them, each before its parent."""
+        found: dict[int, Group] = {}
+        todo = list(groups)
+        while todo:
+            group = todo.pop()
+            if group.id not in found:
+                found[group.id] = group
+                todo += _children(group)
+        return sorted(found.values(), key=lambda g: -g.depth)
 
     def disown(self, group: Group) -> list[Group]:
         """Make the group's children roots and correct every depth below; the groups whose depth changed."""
         below = [g for g in reversed(self.with_descendants([group])) if g is not group]
-        for other in below:
+        for other in below:  # parents before children
             if other.parent is group:
-                other.parent, other.depth = None, 0
-                group.children -= 1
+                _unhang(other)
+                other.depth = 0
             elif other.parent is not None:
                 other.depth = other.parent.depth + 1
         if below:
@@ -194,20 +203,51 @@ class Residency:
     def faults(self) -> list[str]:
         """Broken invariants, in words."""
         found: list[str] = []
-        children: dict[int, int] = {}
         for group in self:
             if self.by_place(group.place) is not group:
                 found.append(f"group {group.id} is not at its id")
             if group.parent is not None:
-                children[group.parent.id] = children.get(group.parent.id, 0) + 1
                 if self.by_place(group.parent.place) is not group.parent:
                     found.append(f"group {group.id} outlives its parent")
                 if group.depth != group.parent.depth + 1:
                     found.append(f"group {group.id} has a wrong depth")
+            elif group.depth:
+                found.append(f"group {group.id} has a depth and no parent")
+            if any(child.parent is not group for child in _children(group)):
+                found.append(f"group {group.id} lists a child that is not its own")
             if group.leases < 0 or group.pins < 0:
                 found.append(f"group {group.id} has a negative lease count")
-        for group in self:
-            leaf = group.id in self._leaves.get(group.size_class, {})
-            if children.get(group.id, 0) != group.children or leaf != (group.children == 0):
-                found.append(f"group {group.id} counts {group.children} children")
+            if (group.id in self._leaves.get(group.size_class, {})) != group.is_leaf:
+                found.append(f"group {group.id} is in the wrong line")
         return found
+
+
+def _hang(group: Group, parent: Group) -> None:
+    group.parent, group.depth = parent, parent.depth + 1
+    group.next = parent.first_child
+    if group.next is not None:
+        group.next.previous = group
+    parent.first_child = group
+
+
+def _unhang(group: Group) -> None:
+    parent = group.parent
+    assert parent is not None, "it hangs somewhere"
+    if group.previous is not None:
+        group.previous.next = group.next
+    else:
+        parent.first_child = group.next
+    if group.next is not None:
+        group.next.previous = group.previous
+    group.parent = group.previous = group.next = None
+
+
+def _children(group: Group) -> Iterator[Group]:
+    child = group.first_child
+    while child is not None:
+        yield child
+        child = child.next
+
+
+def _only_child(group: Group) -> bool:
+    return group.previous is None and group.next is None

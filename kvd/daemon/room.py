@@ -58,7 +58,7 @@ def open_room(settings: DaemonSettings, inherited: dict[str, int]) -> Iterator[R
         index_fd = os.memfd_create("kvd-index", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(index_fd, index_bytes(entries))
         fcntl.fcntl(index_fd, fcntl.F_ADD_SEALS, _SEALS)
-        index_map = mmap.mmap(index_fd, index_bytes(entries))
+        index_map = mmap.mmap(index_fd, index_bytes(entries), mmap.MAP_SHARED | mmap.MAP_POPULATE)
         epoch = secrets.randbits(63)
         arena = Arena(arena_memory.view, settings.arena.extent_bytes)
         node = Node(arena, IndexWriter(memoryview(index_map), entries, epoch), Sessions())

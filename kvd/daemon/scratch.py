@@ -31,7 +31,7 @@ def drop(node: Node, session: Session) -> None:
         return
     groups = [group for group in node.residency if group.namespace in digests]
     for group in sorted(groups, key=lambda group: -group.depth):
-        if group.held or group.children:
+        if group.held or not group.is_leaf:
             continue
         node.space.drop(group)
     for digest in digests:

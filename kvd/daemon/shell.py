@@ -4,6 +4,7 @@ All node work happens on the event loop's thread; the only other thread faults m
 """
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -159,6 +160,7 @@ class Shell:
         interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
         while True:
             self._node.tick(time.monotonic())
+            gc.collect(1)
             if interval_s is not None:
                 systemd.notify("WATCHDOG=1")
             await asyncio.sleep(min(TICK_S, interval_s or TICK_S))

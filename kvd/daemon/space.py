@@ -11,6 +11,7 @@ from kvd.daemon.sessions import Sessions
 from kvd.index import IndexWriter
 from kvd.storage.arena import Arena
 
+DRAIN_AT_ONCE = 256
 EVICT_AT_ONCE = 32  # reading the lease tables is the dear part: share it
 
 
@@ -27,6 +28,8 @@ class Space:
         self._sessions = sessions
         self._labels = labels
         self._counters = counters
+        self._draining: int | None = None  # an extent that is being emptied for another class
+        self._drained = 0  # positions of it that were looked at
 
     def take(self, size_class: int, now: float, want: int) -> int | None:
         """A slot, for the first of `want` pages; None when nothing can leave."""
@@ -60,6 +63,7 @@ class Space:
         idle = self._arena.idle_extent(size_class)
         if idle is not None:
             self._arena.release_extent(idle)
+            self._draining = None if idle == self._draining else self._draining
             return True
         own = self._residency.oldest_use(size_class)
         others = [
@@ -67,31 +71,37 @@ class Space:
             for other in self._residency.size_classes()
             if other != size_class and (oldest := self._residency.oldest_use(other)) is not None
         ]
-        if others:
+        if self._draining is None and others:
             oldest, other = min(others)
-            if (own is None or now - oldest > 2 * (now - own)) and self._empty_extent(other, now):
-                return True
+            if own is None or now - oldest > 2 * (now - own):
+                self._begin_to_drain(other)
+        if self._draining is not None and self._drain(self._draining, now):
+            return True
         return self.evict(size_class, min(max(want, 1), EVICT_AT_ONCE), now) > 0
 
-    def _empty_extent(self, size_class: int, now: float) -> bool:
-        """Empty the extent of a class that holds its next candidate; False when something in it is in use."""
+    def _begin_to_drain(self, size_class: int) -> None:
+        """Close the extent that holds a class's next candidate."""
         first = self._residency.candidate(size_class)
-        if first is None:
-            return False
-        extent = self._arena.extent_of(first.slots[0])
-        inside = [g for g in self._residency if any(self._arena.extent_of(s) == extent for s in g.slots)]
-        slots_inside = sum(self._arena.extent_of(s) == extent for g in inside for s in g.slots)
-        if slots_inside != self._arena.in_use(extent):
-            return False  # reservations or partial pages live there too
-        victims = self._residency.with_descendants(inside)
-        if any(group.held for group in victims):
-            return False
+        if first is not None:
+            self._draining, self._drained = self._arena.extent_of(first.slots[0]), 0
+            self._arena.close_extent(self._draining)
+
+    def _drain(self, extent: int, now: float) -> bool:
+        """Empty a part of a closed extent: a whole one of small pages would stall everybody. True when it is empty."""
+        headers = self._arena.committed(extent, self._drained, DRAIN_AT_ONCE)
+        inside = [self._residency.get(header.namespace, header.key) for header in headers]
+        victims = self._residency.with_descendants([group for group in inside if group is not None and not group.held])
+        victims = [group for group in victims if not group.held]
         for group in victims:
             group.leaving = True
         self._remove_unheld(victims, now)
+        self._drained += DRAIN_AT_ONCE
+        if self._drained >= self._arena.slots(extent):
+            self._drained = 0  # what was in use the first time may not be any more
         if self._arena.in_use(extent):
             return False
         self._arena.release_extent(extent)
+        self._draining = None
         return True
 
     def _remove_unheld(self, victims: list[Group], now: float) -> int:
@@ -100,8 +110,8 @@ class Space:
         held = self._sessions.held_places(now) if victims else set()
         removed = 0
         for group in victims:
-            if group.place in held or group.children:
-                self._residency.spare(group)
+            if group.place in held or not group.is_leaf:
+                self._residency.spare(group, now)
                 self._publish(group)
                 continue
             self._forget(group)
@@ -114,7 +124,7 @@ class Space:
     def _idle_side_pages(self, group: Group) -> list[Group]:
         """Pages of the same model's side pools that are of no use without this one."""
         found = (self._residency.get(digest, group.key) for digest in self._labels.side_pools(group.namespace))
-        return [page for page in found if page is not None and not page.held and not page.children]
+        return [page for page in found if page is not None and not page.held and page.is_leaf]
 
     def _publish(self, group: Group) -> None:
         self._index.publish(group.namespace, group.key, group.place, group.depth)

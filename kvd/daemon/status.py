@@ -120,7 +120,7 @@ def _rows(node: Node, groups: list[Group]) -> Iterable[tuple[Group, bytes]]:
     for group in groups:
         for slot in group.slots:
             header = node.arena.header(slot)
-            sound = node.arena.intact(slot) and (header.namespace, header.key) == (group.namespace, group.key)
+            sound = node.arena.intact(slot, header) and (header.namespace, header.key) == (group.namespace, group.key)
             length = header.length if sound and header.length == group.length else 0
             place = (node.arena.offset(slot), header.generation, length, header.checksum)
             yield group, wire.SCANNED_ROW.pack(*place, group.namespace, group.key)

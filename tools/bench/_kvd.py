@@ -82,8 +82,8 @@ def attach(
     )  # fmt: skip
     plugin = KvdStorage(config, {})
     plugin.register_mem_pool_host(pool)
-    session = plugin._session
-    assert session is not None
+    assert plugin._shelves is not None
+    session = plugin._shelves.session
 
     def ready() -> bool:
         assert not session.circuit.off, session.circuit.off

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kvd.sidecar.copier import Copier, unchecked
+from kvd.sidecar.copier import Copier, Unchecked
 from kvd.sidecar.hicache import KvdStorage
 from tests.harness import Daemon
 from tools.bench._kvd import attach, empty, fresh_keys, mha_pool, mla_pool, page_bytes, running_daemon, scratch, slots
@@ -192,9 +192,11 @@ def _through_plugin(name: str, plugin: KvdStorage, pool: Any, daemon: Daemon | N
 
 
 def _without_checksums(plugin: KvdStorage) -> None:
-    copier = Copier(plugin._config.copy_threads, unchecked)
-    plugin._copier = copier
-    for shelf in plugin._shelves.values():
+    assert plugin._shelves is not None
+    copier = Copier(plugin._shelves.config.copy_threads, Unchecked)
+    plugin._shelves.copier.close()
+    plugin._shelves.copier = copier
+    for shelf in plugin._shelves._shelves.values():
         shelf._copier = copier
 
 
