@@ -1,6 +1,6 @@
 """`kvd`: the node daemon, from start to goodbye.
 
-    kvd [--config FILE] [--print-config]
+    kvd [--config FILE] [--print-config | --example-config]
 
 Exit status: 0 after a clean stop, 78 when a setting is wrong (systemd does not retry), 1 otherwise.
 """
@@ -19,7 +19,7 @@ from kvd.daemon import systemd
 from kvd.daemon.room import open_room
 from kvd.daemon.shell import Shell
 from kvd.errors import KvdError, SettingsError
-from kvd.settings import DaemonSettings, load_daemon_settings
+from kvd.settings import DaemonSettings, example, load_daemon_settings
 
 log = logging.getLogger("kvd")
 EX_CONFIG = 78
@@ -61,8 +61,14 @@ def cli() -> None:
     parser = argparse.ArgumentParser(prog="kvd", description="Keeps the KV cache of SGLang workers on this node.")
     parser.add_argument("--config", type=Path, help="TOML file (default: /etc/kvd/kvd.toml if it exists)")
     parser.add_argument("--print-config", action="store_true", help="print the settings in effect as JSON, and exit")
+    parser.add_argument(
+        "--example-config", action="store_true", help="print all settings with their defaults, as TOML"
+    )
     parser.add_argument("--version", action="version", version=f"kvd {__version__}")
     arguments = parser.parse_args()
+    if arguments.example_config:
+        print(example(), end="")
+        return
     try:
         inherited = systemd.listened_fds(os.environ, os.getpid())
         settings = load_daemon_settings(arguments.config, os.environ)

@@ -94,6 +94,30 @@ def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> Daemo
         raise SettingsError(f"{where}: {first['msg']}", f"correct it in {source}") from error
 
 
+def example() -> str:
+    """deploy/kvd.toml: every setting with its default and what it does, commented out."""
+    lines = [
+        "# kvd's settings, with their defaults. Or as variables: KVD_MAX_SESSIONS=..., KVD_ARENA__SIZE_BYTES=...",
+        "",
+    ]
+
+    def add(model: type[BaseModel]) -> None:
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                continue
+            default = "/run/kvd" if name == "run_dir" else field.default
+            shown = (
+                f"0o{default:o}" if name == "socket_mode" else str(default).lower() if default is not None else '""'
+            )
+            quoted = f'"{shown}"' if isinstance(default, str) else shown
+            lines.extend([f"# {field.description}", f"# {name} = {quoted}", ""])
+
+    add(DaemonSettings)
+    lines.extend(["[arena]", ""])
+    add(ArenaSettings)
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def _known_variables() -> set[str]:
     names: set[str] = set()
     for name, field in DaemonSettings.model_fields.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvd.errors import SettingsError
-from kvd.settings import load_daemon_settings
+from kvd.settings import example, load_daemon_settings
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,13 @@ def test_kvd_itself_ends_with_78_and_one_line(tmp_path: Path, variables: dict[st
     assert done.returncode == 78
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "deploy/kvd.toml").read_text()
+    assert text == example(), "run: kvd --example-config > deploy/kvd.toml"
+    lines = [line.removeprefix("# ") for line in text.splitlines() if " = " in line or line.startswith("[")]
+    uncommented = tmp_path / "kvd.toml"
+    uncommented.write_text("\n".join(line for line in lines if not line.startswith(("path", "kvd's settings"))))
+    settings = load_daemon_settings(uncommented, {})
+    assert settings == load_daemon_settings(None, {}).model_copy(update={"run_dir": Path("/run/kvd")})

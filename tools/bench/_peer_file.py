@@ -3,7 +3,7 @@
     _peer_file.py FOLDER      requests: hello | open {page_bytes, pages} | round {n}
 
 The same work as ours: pages of a page_first host pool to storage and back. Timed is what the controller does for it
-(sglang 0.5.23, srt/managers/cache_controller.py, _generic_page_set and _generic_page_get): a flat copy of each page and
+(sglang 0.5.23, managers/cache_controller.py, _generic_page_set and _generic_page_get): a flat copy of each page and
 `batch_set`; an empty page for each key, `batch_get` and the copy into the pool. The files of a round are removed after
 it, untimed. In the reference's favour: the empty pages are not pinned.
 """
