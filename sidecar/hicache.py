@@ -182,7 +182,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
 
     def _take(self, name: str, keys: Sequence[str], host_indices: Any, leading: bool) -> list[bool]:
         shelf, view = self._shelf(name), self._view(name)
-        if shelf is None or view is None:
+        if shelf is None or view is None or not keys:
             return [False] * len(keys)
         pages = view.pages_of(host_indices, len(keys))
         started = time.perf_counter()

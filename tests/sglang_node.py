@@ -104,10 +104,11 @@ def ask(server: SglangServer, prompt: Prompt, **fields: Any) -> Generation:
 
 
 def plugin_ready(kvd: Daemon, ranks: int = 1, timeout_s: float = 20) -> None:
-    """Until that many ranks are attached, have named their pools, and have their circuits closed."""
+    """Until that many ranks are attached, have named their pools, and have reported that their circuits are closed."""
 
     def ready() -> bool:
-        return sum(bool(w.pools) and w.circuit == "closed" for w in kvd.status().workers) == ranks
+        reports = [worker for worker in kvd.status().workers if worker.pools and worker.counters]
+        return [worker.circuit for worker in reports] == ["closed"] * ranks
 
     eventually(ready, timeout_s, f"{ranks} ranks are attached")
 

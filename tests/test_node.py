@@ -347,3 +347,46 @@ def test_side_pools_leave_with_their_page() -> None:
     assert world.take(worker, keys)[3] is False
     assert world.take(worker, keys[3:], ns=1) == [False]
     assert world.node.faults() == []
+
+
+def test_making_room_for_another_size_is_done_in_small_steps() -> None:
+    """One request never pays for a whole extent of small pages; a few in a row get their room."""
+    from kvd.daemon.space import DRAIN_AT_ONCE, EVICT_AT_ONCE
+
+    world = World(extents=80)
+    worker = world.session(spec(1), spec(2, 0))
+    world.session(spec(2, 1))
+    single = wire.NamespaceSpec(namespace(9), 4096, 4, 0, 1, "kv", "small")
+    world.node.join(worker, [single])
+    for n in range(12):
+        world.put(worker, chain([n, 5, *range(398)], 4), ns=2)
+    assert world.node.arena.free_extents == 0
+    world.now += 1000
+    stored, requests = 0, 0
+    while stored < 4 and requests < 60:
+        before = world.node.counters["ram_evicted"]
+        requests += 1
+        world.now += 0.01
+        stored += world.put(worker, KEYS[requests % 4][:4])
+        assert world.node.counters["ram_evicted"] - before <= 4 * (DRAIN_AT_ONCE + EVICT_AT_ONCE)
+    assert stored >= 4, f"no room after {requests} requests"
+    assert world.node.faults() == []
+
+
+def test_a_peer_that_hoards_leases_is_dropped_and_a_lookup_is_a_miss() -> None:
+    from kvd.daemon.node import MAX_HELD
+
+    world = World()
+    greedy, honest = world.session(spec(1)), world.session(spec(1))
+    keys = KEYS[0][:3]
+    world.put(honest, keys)
+    lookup = wire.Lookup(1, 0, b"".join(keys), 5.0)
+    assert world.node.lookup(greedy, lookup, world.now).pages == 3
+    for _ in range(MAX_HELD - 1):
+        world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
+    assert world.node.lookup(greedy, lookup, world.now).pages == 0
+    with pytest.raises(PeerError, match="asks for more"):
+        world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
+    world.node.bury(greedy)
+    assert world.take(honest, keys) == [True] * 3
+    assert world.node.faults() == []

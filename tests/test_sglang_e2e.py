@@ -31,6 +31,7 @@ from tools.sglang_cpu.server import LAYOUTS, SglangServer
 pytestmark = [needs_sglang, pytest.mark.timeout(900)]
 
 Node = tuple[Daemon, SglangServer]
+CLIENTS = 4
 THINNED = TREE[::2]  # for the slow variants: half of the leaves
 
 
@@ -50,10 +51,9 @@ def same_answers_cold_and_from_kvd(
 ) -> None:
     kvd, server = node
     before = pages_held(kvd)
-    cold = Crowd(server).ask(*(prompts[client::4] for client in range(4))).join()
+    cold = Crowd(server).ask(*(prompts[client::CLIENTS] for client in range(CLIENTS))).join()
     server.flush_cache()
     assert not wrong(cold, reference)
-    assert sum(answer.cached.storage for _, answer in cold) == 0
     # The last token of an answer was never an input, so it has no KV.
     seen = [(*prompt, *answer.output_ids[:-1]) for prompt, answer in cold]
     assert pages_held(kvd) - before == pages_of(seen, page_tokens), "each page is stored, once"
@@ -74,14 +74,16 @@ def test_answers_are_the_same_without_kvd_and_with_it(node: Node, reference: Ans
 def test_eight_requests_at_once_are_answered_right_cold_and_from_kvd(node: Node, reference: Answers) -> None:
     kvd, server = node
     prompts, mine = TREE[2:52:2], salt()
-    for hits in (False, True):
-        answers = Crowd(server, mine).ask(*(prompts[client::8] for client in range(8))).join()
-        assert len(answers) == len(prompts)
-        assert not wrong(answers, reference)
-        assert any(answer.cached.storage for _, answer in answers) == hits
-        if hits:
-            assert all(answer.cached.total == reusable(prompt, PAGE_TOKENS) for prompt, answer in answers)
-        server.flush_cache()
+    clients = [prompts[client::8] for client in range(8)]
+    cold = Crowd(server, mine).ask(*clients).join()
+    server.flush_cache()
+    warm = Crowd(server, mine).ask(*clients).join()
+    assert len(cold) == len(warm) == len(prompts)
+    assert not wrong(cold + warm, reference)
+    assert all(answer.cached.total == reusable(prompt, PAGE_TOKENS) for prompt, answer in warm)
+    assert sum(answer.cached.storage for _, answer in warm) >= PAGE_TOKENS * pages_of(
+        [prompt[:-1] for prompt in prompts], PAGE_TOKENS
+    )
     assert kvd.faults() == []
 
 

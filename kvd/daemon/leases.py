@@ -6,6 +6,7 @@ write: nobody sees them until they are committed. Both end by their owner's word
 Always true: every lease and reservation has a living owner, and its end is reported exactly once.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from kvd.daemon.residency import Group
@@ -40,6 +41,7 @@ class Leases:
     _leases: dict[int, Lease] = field(default_factory=dict)
     _reservations: dict[int, Reservation] = field(default_factory=dict)
     _last_id: int = 0
+    _held_by: Counter[int] = field(default_factory=Counter)  # leases and reservations of each owner
 
     def _new_id(self) -> int:
         self._last_id += 1
@@ -48,6 +50,7 @@ class Leases:
     def grant(self, owner: int, groups: tuple[Group, ...], now: float, ttl_s: float) -> Lease:
         lease = Lease(self._new_id(), owner, groups, now + ttl_s)
         self._leases[lease.id] = lease
+        self._held_by[owner] += 1
         for group in groups:
             group.leases += 1
         return lease
@@ -58,6 +61,7 @@ class Leases:
         if lease is None or lease.owner != owner:
             return None
         del self._leases[lease_id]
+        self._held_by[owner] -= 1
         for group in lease.groups:
             group.leases -= 1
         return lease
@@ -68,6 +72,7 @@ class Leases:
     ) -> Reservation:  # fmt: skip
         made = Reservation(self._new_id(), owner, namespace, shard, shards, length, now + ttl_s, writes)
         self._reservations[made.id] = made
+        self._held_by[owner] += 1
         return made
 
     def close(self, reservation_id: int, owner: int) -> Reservation | None:
@@ -75,21 +80,31 @@ class Leases:
         found = self._reservations.get(reservation_id)
         if found is None or found.owner != owner:
             return None
-        return self._reservations.pop(reservation_id)
+        return self._end(found)
+
+    def _end(self, reservation: Reservation) -> Reservation:
+        self._held_by[reservation.owner] -= 1
+        return self._reservations.pop(reservation.id)
+
+    def held_by(self, owner: int) -> int:
+        """How many leases and reservations a session has."""
+        return self._held_by[owner]
 
     def expire(self, now: float) -> list[Reservation]:
         """End what is overdue; the reservations among it, so that their slots can be taken back."""
         for lease in [lease for lease in self._leases.values() if lease.expires_at <= now]:
             self.release(lease.id, lease.owner)
         overdue = [r for r in self._reservations.values() if r.expires_at <= now]
-        return [self._reservations.pop(r.id) for r in overdue]
+        return [self._end(r) for r in overdue]
 
     def bury(self, owner: int) -> list[Reservation]:
         """The owner is dead: end all it had; its reservations, so that their slots can be taken back."""
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
             self.release(lease.id, owner)
         mine = [r for r in self._reservations.values() if r.owner == owner]
-        return [self._reservations.pop(r.id) for r in mine]
+        ended = [self._end(r) for r in mine]
+        del self._held_by[owner]
+        return ended
 
     def counts(self, owner: int) -> tuple[int, int]:
         """(leases, reservations) of one session."""

@@ -23,6 +23,7 @@ from kvd.storage.arena import Arena, Header, slot_bytes_for, slots_per_extent
 MAX_TTL_S = 60.0
 MAX_SHARDS = 1024
 MAX_NAMESPACES = 256  # of one session
+MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
 
 
 class Node:
@@ -61,6 +62,8 @@ class Node:
             raise PeerError("malformed namespace")
         if spec.page_bytes <= 0 or spec.page_tokens <= 0 or len(spec.label) > 256 or len(spec.pool) > 64:
             raise PeerError("malformed namespace")
+        if len(spec.family) not in (0, NAMESPACE_BYTES):
+            raise PeerError("malformed namespace")
         if slots_per_extent(self.arena.extent_bytes, slot_bytes_for(spec.page_bytes)) == 0:
             raise Refused(
                 f"a page of {spec.page_bytes} bytes does not fit an extent of {self.arena.extent_bytes}",
@@ -85,6 +88,10 @@ class Node:
             raise PeerError(f"a lease of {ttl_s} s: allowed is up to {MAX_TTL_S:.0f}")
         return ttl_s
 
+    def _bounded(self, session: Session) -> None:
+        if self.leases.held_by(session.id) >= MAX_HELD:
+            raise PeerError(f"{session} holds {MAX_HELD} leases and reservations, and asks for more")
+
     # -- reading -------------------------------------------------------------------------------------------
 
     def lookup(self, session: Session, request: wire.Lookup, now: float) -> wire.Found:
@@ -96,14 +103,19 @@ class Node:
             if group is None:
                 break
             found.append(group)
+        ttl_s = self._ttl(request.ttl_s)
+        if found and self.leases.held_by(session.id) >= MAX_HELD:
+            self.counters["lookups_without_lease"] += 1
+            found = []  # what cannot be promised is a miss
         if found:
-            self.leases.grant(session.id, tuple(found), now, self._ttl(request.ttl_s))
+            self.leases.grant(session.id, tuple(found), now, ttl_s)
         return wire.Found(request.request, len(found))
 
     def lease(self, session: Session, request: wire.LeasePages, now: float) -> wire.Leased:
         """Places to read; a row of length 0 for each page that is absent or damaged."""
         spec = self._spec(session, request.ns)
         ttl_s = self._ttl(request.ttl_s)
+        self._bounded(session)
         rows: list[bytes] = []
         groups: list[Group] = []
         for key in self._keys(request.keys):
@@ -151,6 +163,7 @@ class Node:
         """Places for what is new; pages that are held, or being written by someone else, are skipped."""
         spec = self._spec(session, request.ns)
         ttl_s = self._ttl(request.ttl_s)
+        self._bounded(session)
         keys = self._keys(request.keys)
         if len(request.parent) not in (0, KEY_BYTES):
             raise PeerError("a parent key has 32 bytes")

@@ -7,6 +7,7 @@ hand last passed is passed over once, so one scan of new prompts does not wash o
 Always true: an ancestor that a group counts in its `depth` stays resident as long as the group does.
 """
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -195,10 +196,10 @@ class Residency:
             self._leaves.setdefault(group.size_class, OrderedDict())[group.id] = group
         return below
 
-    def tips(self) -> list[Group]:
-        """Every chain's deepest page, most recently used first."""
+    def tips(self, limit: int) -> tuple[list[Group], int]:
+        """The chains' deepest pages, most recently used first, and how many there are."""
         leaves = [group for line in self._leaves.values() for group in line.values()]
-        return sorted(leaves, key=lambda group: -group.last_use)
+        return heapq.nlargest(limit, leaves, key=lambda group: group.last_use), len(leaves)
 
     def faults(self) -> list[str]:
         """Broken invariants, in words."""

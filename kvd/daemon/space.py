@@ -92,10 +92,12 @@ class Space:
         inside = [self._residency.get(header.namespace, header.key) for header in headers]
         victims = self._residency.with_descendants([group for group in inside if group is not None and not group.held])
         victims = [group for group in victims if not group.held]
+        if len(victims) <= DRAIN_AT_ONCE:
+            self._drained += DRAIN_AT_ONCE
+        victims = victims[:DRAIN_AT_ONCE]  # long conversations hang below: the deepest first, the rest next time
         for group in victims:
             group.leaving = True
         self._remove_unheld(victims, now)
-        self._drained += DRAIN_AT_ONCE
         if self._drained >= self._arena.slots(extent):
             self._drained = 0  # what was in use the first time may not be any more
         if self._arena.in_use(extent):

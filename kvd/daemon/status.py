@@ -79,11 +79,9 @@ def _worker(node: Node, session: Session, now: float) -> wire.WorkerStatus:
 
 def prefixes(node: Node, limit: int, now: float) -> wire.Prefixes:
     """The chains held, most recently used first."""
-    tips = node.residency.tips()
+    tips, total = node.residency.tips(max(0, limit))
     held = node.sessions.held_places(now)
-    return wire.Prefixes(
-        [_prefix(node, group, now, group.place in held) for group in tips[: max(0, limit)]], len(tips)
-    )
+    return wire.Prefixes([_prefix(node, group, now, group.place in held) for group in tips], total)
 
 
 def _prefix(node: Node, group: Group, now: float, leased: bool) -> wire.Prefix:

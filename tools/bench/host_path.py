@@ -77,7 +77,7 @@ def _start_peers(stack: ExitStack, folder: Path, wanted: Options, table: Table) 
         return peers
     file_dir: Path = wanted.rest.file_dir
     table.notes.append(
-        f"sglang file: HiCacheFile of sglang 0.5.23 in {file_dir} ({_file_system(file_dir)}), as its controller drives it"
+        f"sglang file: HiCacheFile of 0.5.23 in {file_dir} ({_file_system(file_dir)}), as its controller drives it"
     )
     table.notes.append(f"mooncake: {MOONCAKE}, loopback TCP, one object a page, registered buffers")
     store = stack.enter_context(scratch(file_dir))
