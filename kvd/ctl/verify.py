@@ -2,7 +2,7 @@
 
 Walks the arena in leased batches and checks each page's bytes in this process, so that the daemon's loop is not
 held up. A page that fails is reported with the end of its batch, and the daemon quarantines it: it is never
-served again and its memory never used again.
+served again.
 
 Always true: a page counts as damaged only if its lease covered the whole time of reading it.
 """
