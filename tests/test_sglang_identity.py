@@ -35,7 +35,7 @@ from tools.sglang_cpu.setup_env import environment_of
 pytestmark = [needs_sglang, pytest.mark.timeout(600)]
 
 PAGE_TOKENS = 16
-PROMPTS = [words(500 + number, 130) for number in range(3)]
+PROMPTS = [words(500 + number, 130) for number in range(2)]
 WHOLE = [reusable(prompt, PAGE_TOKENS) for prompt in PROMPTS]
 
 Node = tuple[Daemon, SglangServer]
