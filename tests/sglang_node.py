@@ -168,7 +168,7 @@ class Crowd:
 def reference_answers() -> Answers:
     """The answers of a worker that has neither kvd nor a HiCache; asked for once in a run of the tests."""
     with worker("plain", None) as server:
-        answers = Crowd(server).ask(*(TREE[client::4] for client in range(4))).join(300)
+        answers = Crowd(server).ask(*(TREE[client::8] for client in range(8))).join(300)
     return {prompt: answer.output_ids for prompt, answer in answers}
 
 

@@ -31,7 +31,7 @@ from tools.sglang_cpu.server import LAYOUTS, SglangServer
 pytestmark = [needs_sglang, pytest.mark.timeout(900)]
 
 Node = tuple[Daemon, SglangServer]
-CLIENTS = 4
+CLIENTS = 8
 THINNED = TREE[::2]  # for the slow variants: half of the leaves
 
 
@@ -51,40 +51,27 @@ def same_answers_cold_and_from_kvd(
 ) -> None:
     kvd, server = node
     before = pages_held(kvd)
-    cold = Crowd(server).ask(*(prompts[client::CLIENTS] for client in range(CLIENTS))).join()
+    clients = [prompts[client::CLIENTS] for client in range(CLIENTS)]
+    cold = Crowd(server).ask(*clients).join()
     server.flush_cache()
     assert not wrong(cold, reference)
     # The last token of an answer was never an input, so it has no KV.
     seen = [(*prompt, *answer.output_ids[:-1]) for prompt, answer in cold]
     assert pages_held(kvd) - before == pages_of(seen, page_tokens), "each page is stored, once"
 
-    warm = [(prompt, ask(server, prompt)) for prompt in prompts]
+    warm = Crowd(server).ask(*clients).join()
+    assert len(cold) == len(warm) == len(prompts)
     assert not wrong(warm, reference)
-    assert [answer.cached.total for _, answer in warm] == [reusable(prompt, page_tokens) for prompt in prompts]
+    assert all(answer.cached.total == reusable(prompt, page_tokens) for prompt, answer in warm)
+    # Nothing but kvd had them. Clients that meet at a page may both be given it by kvd.
     wanted = page_tokens * pages_of([prompt[:-1] for prompt in prompts], page_tokens)
-    assert sum(answer.cached.storage for _, answer in warm) == wanted, "nothing but kvd had the pages"
+    assert sum(answer.cached.storage for _, answer in warm) >= wanted
     assert kvd.faults() == []
 
 
-def test_answers_are_the_same_without_kvd_and_with_it(node: Node, reference: Answers) -> None:
+def test_eight_at_a_time_get_the_same_answers_without_kvd_and_with_it(node: Node, reference: Answers) -> None:
     assert len(TREE) >= 50
     same_answers_cold_and_from_kvd(node, TREE, reference)
-
-
-def test_eight_requests_at_once_are_answered_right_cold_and_from_kvd(node: Node, reference: Answers) -> None:
-    kvd, server = node
-    prompts, mine = TREE[2:52:2], salt()
-    clients = [prompts[client::8] for client in range(8)]
-    cold = Crowd(server, mine).ask(*clients).join()
-    server.flush_cache()
-    warm = Crowd(server, mine).ask(*clients).join()
-    assert len(cold) == len(warm) == len(prompts)
-    assert not wrong(cold + warm, reference)
-    assert all(answer.cached.total == reusable(prompt, PAGE_TOKENS) for prompt, answer in warm)
-    assert sum(answer.cached.storage for _, answer in warm) >= PAGE_TOKENS * pages_of(
-        [prompt[:-1] for prompt in prompts], PAGE_TOKENS
-    )
-    assert kvd.faults() == []
 
 
 def test_a_worker_without_a_page_of_its_own_left_continues_a_conversation_from_kvd(

@@ -28,7 +28,7 @@ class Session:
     since: float
     table: Table | None
     namespaces: list[wire.NamespaceSpec] = field(default_factory=list)
-    circuit: str = "closed"
+    circuit: str = "open: not attached yet"  # until it reports otherwise
     counters: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
