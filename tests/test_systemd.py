@@ -106,10 +106,11 @@ def test_without_a_service_manager_nothing_is_said(monkeypatch: pytest.MonkeyPat
 
 
 DROP_IN = """[Service]
-# A checkout in somebody's home, run by root: the test's circumstances, not the unit's.
+# A checkout in somebody's home or in /tmp, run by root: the test's circumstances, not the unit's.
 User=root
 Group=root
 ProtectHome=no
+PrivateTmp=no
 ExecStart=
 ExecStart={python} -m kvd.main
 Environment=PYTHONPATH={root} KVD_ARENA__SIZE_BYTES=67108864 KVD_ARENA__EXTENT_BYTES=8388608
