@@ -14,7 +14,7 @@ import pytest
 
 from kvd import wire
 from kvd.pages import chain, seed
-from tests.harness import Daemon
+from tests.harness import Daemon, eventually
 from tests.sglang_node import (
     ask,
     fill,
@@ -205,3 +205,24 @@ def _ask_sglang(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     assert asked.returncode == 0, asked.stderr[-2000:]
     answers: list[dict[str, Any]] = json.loads(asked.stdout.splitlines()[-1])
     return answers
+
+
+@pytest.mark.slow
+def test_weights_updated_online_are_another_model() -> None:
+    """The page keys stay the same; the plugin must notice, and the new weights' pages must come back in their turn."""
+    prompt, size = words(600, 300), {"page_size": PAGE_TOKENS, "max_total_tokens": 4096}
+    with running("update", **size) as (kvd, server):
+        before = ask(server, prompt)
+        server.flush_cache()
+        assert ask(server, prompt).cached.storage
+        held = pages_held(kvd)
+        server.request("POST", "/update_weights_from_disk", {"model_path": str(other_revision())}, 120)
+        after = ask(server, prompt)
+        assert after.cached.total == 0, "nothing of the old weights is given back"
+        assert after.output_ids != before.output_ids
+        eventually(lambda: ask(server, prompt, cache_salt=salt()) and pages_held(kvd) > held, 60)
+        fill(server, [prompt], cache_salt=(mine := salt()))
+        again = ask(server, prompt, cache_salt=mine)
+        assert again.cached.storage
+        assert again.output_ids == after.output_ids
+        assert kvd.faults() == []
