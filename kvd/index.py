@@ -65,10 +65,6 @@ class IndexReader:
         if index_bytes(self._mask + 1) > len(memory) or self._mask & (self._mask + 1):
             raise ValueError("kvd index is cut short")
 
-    @property
-    def epoch(self) -> int:
-        return self._words[2]
-
     def find(self, hi: int, lo: int) -> tuple[int, int] | None:
         """(place, depth) of a name, or None."""
         words, mask = self._words, self._mask
@@ -154,7 +150,6 @@ class IndexWriter:
         self._mask = entries - 1
         self._at: dict[bytes, int] = {}
         self._limit = entries * 3 // 4
-        self._withdrawn = 0
         for word, value in enumerate((MAGIC, VERSION, epoch, entries)):
             self._words[word] = value
 
@@ -174,7 +169,6 @@ class IndexWriter:
         for _ in range(_MAX_PROBES):
             at = HEADER_WORDS + ENTRY_WORDS * slot
             if words[at] <= WITHDRAWN:
-                self._withdrawn -= words[at] == WITHDRAWN
                 words[at + 1] = lo
                 words[at + 2] = place
                 words[at + 3] = depth
@@ -191,7 +185,6 @@ class IndexWriter:
             return
         words = self._words
         words[at] = WITHDRAWN
-        self._withdrawn += 1
         self._clear_tail(at)
 
     def _clear_tail(self, at: int) -> None:
@@ -202,5 +195,4 @@ class IndexWriter:
             return
         while words[HEADER_WORDS + ENTRY_WORDS * slot] == WITHDRAWN:
             words[HEADER_WORDS + ENTRY_WORDS * slot] = 0
-            self._withdrawn -= 1
             slot = (slot - 1) & mask

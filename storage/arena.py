@@ -232,10 +232,6 @@ class Arena:
     def generation(self, slot: int) -> int:
         return self._words[self._header_at(slot) // 4 + 1]
 
-    def checksum(self, slot: int) -> bytes:
-        at = self._header_at(slot)
-        return bytes(self._memory[at + 96 : at + 112])
-
     def intact(self, slot: int, header: Header) -> bool:
         """`header`, just read, is of a committed page and is what was sealed."""
         at = self._header_at(slot)
