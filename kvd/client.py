@@ -109,14 +109,20 @@ class Link:
 
 
 class Channel:
-    """One DEALER to kvd.data."""
+    """One DEALER to kvd.data. Once `gone_fd` is readable nobody will answer: ZeroMQ itself hides a peer's death."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, identity: bytes) -> None:
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, identity: bytes, gone_fd: int
+    ) -> None:
         self._socket = context.socket(zmq.DEALER)
         for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 64), (zmq.RCVHWM, 64), (zmq.RECONNECT_IVL, 20)):
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.connect(endpoint)
+        self._gone_fd = gone_fd
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(gone_fd, zmq.POLLIN)
         self._request = 0
 
     def ask(self, make: Callable[[int], wire.FromWorker], kind: type[R], timeout_s: float) -> R:
@@ -126,8 +132,11 @@ class Channel:
         self.tell(make(self._request))
         while True:
             left_ms = int((deadline - time.monotonic()) * 1000)
-            if left_ms <= 0 or not self._socket.poll(left_ms):
+            ready = self._poller.poll(left_ms) if left_ms > 0 else []
+            if not ready:
                 raise DeadlineMissed(f"kvd did not answer within {timeout_s} s")
+            if any(which == self._gone_fd for which, _ in ready):
+                raise Unavailable("kvd hung up")
             try:
                 reply = wire.decode_to_worker(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
@@ -154,12 +163,16 @@ class Channel:
 
 
 class Channels:
-    """A session's channels, lent to threads. A channel that saw an error is closed, not returned."""
+    """A session's channels, lent to threads. A channel that saw an error is closed, not returned.
+
+    Whoever holds the session's link calls `close` when the daemon hangs up: who waits for an answer is told at once.
+    """
 
     def __init__(self, welcome: wire.Welcome) -> None:
         self._welcome = welcome
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._idle: list[Channel] = []
+        self._gone_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._made = 0
         self._lent = 0
         self._closed = False
@@ -176,7 +189,7 @@ class Channels:
             else:
                 self._made += 1
                 identity = self._welcome.ticket + self._made.to_bytes(4, "little")
-                channel = Channel(self._context, self._welcome.data_endpoint, identity)
+                channel = Channel(self._context, self._welcome.data_endpoint, identity, self._gone_fd)
             self._lent += 1
         sound = False
         try:
@@ -195,8 +208,10 @@ class Channels:
                     self._finish()
 
     def close(self) -> None:
-        """Idempotent; channels that are lent are closed when they come back."""
+        """Idempotent; channels that are lent are closed when they come back, which is now."""
         with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._gone_fd, 1)
             self._closed = True
             for channel in self._idle:
                 channel.close()
@@ -206,3 +221,4 @@ class Channels:
     def _finish(self) -> None:
         if self._closed and self._lent == 0 and not self._context.closed:
             self._context.term()
+            os.close(self._gone_fd)

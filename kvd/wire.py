@@ -259,11 +259,12 @@ class ReservePages(Message, tag="reserve", frozen=True):
 
 
 class CommitPages(Message, tag="commit", frozen=True):
-    """Close a reservation: pages in `rows` are whole, the others are given up."""
+    """Pages in `rows` are whole. With `more` to come there is no answer; else what is left is given up."""
 
     request: int
     reservation: int
     rows: bytes
+    more: bool = False
 
 
 FromWorker = Lookup | LeasePages | ReleaseLease | ReservePages | CommitPages
@@ -289,6 +290,8 @@ class Reserved(Message, tag="reserved", frozen=True):
 
 
 class Committed(Message, tag="committed", frozen=True):
+    """How many pages of the reservation were taken in all."""
+
     request: int
     pages: int
 

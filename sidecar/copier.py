@@ -8,8 +8,8 @@ that are waited for: when `store` or `load` returns, nobody touches the worker's
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -56,9 +56,13 @@ class Copier:
         self._pool = ThreadPoolExecutor(threads - 1, "kvd-copy") if threads > 1 else None
 
     def store(
-        self, source: PageSource, arena: Bytes, length: int, moves: Sequence[Move], deadline: float
-    ) -> list[bytes]:
-        """Worker -> arena. Checksums of the leading pages that were copied before the deadline."""
+        self, source: PageSource, arena: Bytes, length: int, moves: Sequence[Move], deadline: float,
+        progress: Callable[[list[bytes]], None] | None = None,
+    ) -> list[bytes]:  # fmt: skip
+        """Worker -> arena. Checksums of the leading pages that were copied before the deadline.
+
+        `progress` is called with those so far, in the calling thread, while the copying goes on.
+        """
 
         hasher = self._hasher
 
@@ -75,7 +79,7 @@ class Copier:
                 at = next_at
             return running.digest() if at == end else b""
 
-        return self._run(one, moves, length, deadline)
+        return self._run(_Batch(moves, one), length, deadline, progress)
 
     def load(
         self, source: PageSource, arena: Bytes, length: int, moves: Sequence[Move], deadline: float
@@ -98,37 +102,51 @@ class Copier:
                 raise ValueError(f"the worker's page has not the {length} bytes of the stored one")
             return running.digest() == move.checksum
 
-        return self._run(one, moves, length, deadline)
+        return self._run(_Batch(moves, one), length, deadline)
 
-    def _run(self, one: Callable[[Move], T], moves: Sequence[Move], length: int, deadline: float) -> list[T]:
-        def part(mine: Sequence[Move]) -> list[T]:
-            done: list[T] = []
-            for move in mine:
-                if time.monotonic() >= deadline:
-                    break
-                done.append(one(move))
-            return done
-
-        pool = self._pool
-        if pool is None or length < _SHARE_PAGE_BYTES or length * len(moves) < _SHARE_BYTES:
-            return part(moves)
-        share = -(-len(moves) // self._threads)
-        others = [pool.submit(part, moves[at : at + share]) for at in range(share, len(moves), share)]
+    def _run(
+        self, batch: "_Batch[T]", length: int, deadline: float, progress: Callable[[list[T]], None] | None = None
+    ) -> list[T]:
+        helpers: list[Future[None]] = []
+        if self._pool is not None and length >= _SHARE_PAGE_BYTES and length * len(batch.moves) >= _SHARE_BYTES:
+            helpers = [self._pool.submit(batch.work, deadline) for _ in range(self._threads - 1)]
         try:
-            done = part(moves[:share])
+            batch.work(deadline, progress)
         finally:
             # Even when our own part failed: the helpers' copies must end before the memory is given up.
-            rest = [(future.exception(), future) for future in others]
-        whole = len(done) == min(share, len(moves))
-        for failure, future in rest:
+            failures = [helper.exception() for helper in helpers]
+        for failure in failures:
             if failure is not None:
                 raise failure
-            if whole:
-                mine = future.result()
-                done += mine
-                whole = len(mine) == share
-        return done
+        return batch.leading()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
+
+
+class _Batch(Generic[T]):
+    """Moves that several threads work off together: one that is held up takes fewer of them."""
+
+    def __init__(self, moves: Sequence[Move], one: Callable[[Move], T]) -> None:
+        self.moves = moves
+        self._one = one
+        self._done: list[T | None] = [None] * len(moves)
+        self._positions = iter(range(len(moves)))  # shared by the threads: taking the next one is atomic
+        self._leading = 0
+
+    def work(self, deadline: float, progress: Callable[[list[T]], None] | None = None) -> None:
+        """Take moves until none is left or the deadline has passed; after each, tell what is done in order so far."""
+        for position in self._positions:
+            if time.monotonic() >= deadline:
+                break
+            self._done[position] = self._one(self.moves[position])
+            if progress is not None:
+                progress(self.leading())
+
+    def leading(self) -> list[T]:
+        """Results up to the first move that is not done."""
+        done = self._done
+        while self._leading < len(done) and done[self._leading] is not None:
+            self._leading += 1
+        return done[: self._leading]  # type: ignore[return-value]  # no None among them

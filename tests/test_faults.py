@@ -59,6 +59,17 @@ def test_after_kill_9_the_ram_tier_is_warm_and_workers_attach_by_themselves(
     assert daemon.faults() == []
 
 
+def test_a_call_that_is_waiting_hears_of_kvds_death_at_once(daemon: Daemon, worker: PluginProcess) -> None:
+    keys = span(60)
+    worker.do("put", keys=keys)
+    daemon.signal(signal.SIGSTOP)
+    worker.tell("take", keys=keys)
+    time.sleep(0.3)  # long enough to be waiting for the answer, far from its deadline
+    daemon.kill()
+    assert worker.hear() == ["miss"] * 60
+    assert 0.2 < worker.seconds < 1.0, "it waited, and not until its deadline"
+
+
 def test_kill_9_in_the_middle_of_writes_leaves_whole_pages_only(daemon: Daemon) -> None:
     for round_ in range(6):
         with PluginProcess(daemon.socket) as worker:

@@ -112,7 +112,9 @@ class Stranger:
             self.hang_up()
             self._link = self._connect()
             welcome = self._link.welcome
-            self._channel = Channel(self._context, welcome.data_endpoint, welcome.ticket + struct.pack("<I", 1))
+            self._channel = Channel(
+                self._context, welcome.data_endpoint, welcome.ticket + struct.pack("<I", 1), self._link.sock.fileno()
+            )
         self._frames += 1
         with contextlib.suppress(zmq.ZMQError):
             self._channel._socket.send(body, zmq.NOBLOCK)

@@ -67,8 +67,8 @@ class World:
         request = wire.ReservePages(1, ns, b"".join(keys), 10.0, parent)
         return self.node.reserve(session, request, self.now)
 
-    def commit(self, session: Session, keys: list[bytes], reserved: wire.Reserved, ns: int = 0) -> int:
-        """Write the right bytes to every reserved place, and commit."""
+    def commit(self, session: Session, keys: list[bytes], reserved: wire.Reserved, ns: int = 0, step: int = 64) -> int:
+        """Write the right bytes to every reserved place, and commit, `step` pages a message."""
         s = session.namespaces[ns]
         rows: list[bytes] = []
         if not reserved.reservation:
@@ -78,7 +78,13 @@ class World:
                 data = payload(s.digest, key, s.shard, s.page_bytes)
                 self.memory[offset : offset + len(data)] = data
                 rows.append(wire.COMMIT_ROW.pack(offset, generation, xxhash.xxh3_128_digest(data)))
-        return self.node.commit(session, wire.CommitPages(1, reserved.reservation, b"".join(rows)), self.now).pages
+        steps = [b"".join(rows[at : at + step]) for at in range(0, len(rows), step)] or [b""]
+        for done in steps[:-1]:
+            more = wire.CommitPages(0, reserved.reservation, done, more=True)
+            assert self.node.commit(session, more, self.now) is None
+        committed = self.node.commit(session, wire.CommitPages(1, reserved.reservation, steps[-1]), self.now)
+        assert committed is not None, "the last one is answered"
+        return committed.pages
 
     def put(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> int:
         return self.commit(session, keys, self.reserve(session, keys, parent, ns), ns)
@@ -141,11 +147,11 @@ class NodeMachine(RuleBasedStateMachine):
             return None
         return session, which, self.world.reserve(session, which, ns=ns), ns
 
-    @rule(write=consumes(open_writes))
-    def commit(self, write: Any) -> None:
+    @rule(write=consumes(open_writes), step=st.sampled_from([1, 4, 64]))
+    def commit(self, write: Any, step: int) -> None:
         if write and self._here(write[0]):
             session, keys, reserved, ns = write
-            self.world.commit(session, keys, reserved, ns)
+            self.world.commit(session, keys, reserved, ns, step)
 
     @rule(session=sessions, which=st.sampled_from([*KEYS, BRANCH]), ns=st.sampled_from([0, 1]))
     def take(self, session: Session, which: list[bytes], ns: int) -> None:

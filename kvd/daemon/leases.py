@@ -8,6 +8,7 @@ Always true: every lease and reservation has a living owner, and its end is repo
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvd.daemon.residency import Group
 
@@ -20,9 +21,18 @@ class Lease:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
+class Write(NamedTuple):
+    """One page that may be written, and its place in a chain."""
+
+    slot: int
+    generation: int
+    key: bytes
+    parent: bytes
+
+
+@dataclass(slots=True)
 class Reservation:
-    """`writes` are (slot, generation, key, parent key), in chain order."""
+    """`writes` are the pages to come, by their offset in the arena; `committed` counts those that came."""
 
     id: int
     owner: int
@@ -31,7 +41,8 @@ class Reservation:
     shards: int
     length: int
     expires_at: float
-    writes: tuple[tuple[int, int, bytes, bytes], ...]
+    writes: dict[int, Write]
+    committed: int = 0
 
 
 @dataclass(slots=True)
@@ -68,19 +79,21 @@ class Leases:
 
     def reserve(
         self, owner: int, namespace: bytes, shard: int, shards: int, length: int,
-        writes: tuple[tuple[int, int, bytes, bytes], ...], now: float, ttl_s: float,
+        writes: dict[int, Write], now: float, ttl_s: float,
     ) -> Reservation:  # fmt: skip
         made = Reservation(self._new_id(), owner, namespace, shard, shards, length, now + ttl_s, writes)
         self._reservations[made.id] = made
         self._held_by[owner] += 1
         return made
 
-    def close(self, reservation_id: int, owner: int) -> Reservation | None:
-        """End a reservation; None when it expired already or belongs to somebody else."""
+    def reservation(self, reservation_id: int, owner: int) -> Reservation | None:
+        """None when it ended already or belongs to somebody else."""
         found = self._reservations.get(reservation_id)
-        if found is None or found.owner != owner:
-            return None
-        return self._end(found)
+        return found if found is not None and found.owner == owner else None
+
+    def close(self, reservation: Reservation) -> None:
+        """End a reservation that is live."""
+        self._end(reservation)
 
     def _end(self, reservation: Reservation) -> Reservation:
         self._held_by[reservation.owner] -= 1
@@ -114,7 +127,7 @@ class Leases:
         )
 
     def reserved_slots(self) -> set[int]:
-        return {write[0] for r in self._reservations.values() for write in r.writes}
+        return {write.slot for r in self._reservations.values() for write in r.writes.values()}
 
     def faults(self) -> list[str]:
         """Broken invariants, in words."""

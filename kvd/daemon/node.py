@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from kvd import wire
 from kvd.daemon.labels import Labels
-from kvd.daemon.leases import Leases, Reservation
+from kvd.daemon.leases import Leases, Reservation, Write
 from kvd.daemon.partials import Partials
 from kvd.daemon.recovery import whole_pages
 from kvd.daemon.residency import NO_PARENT, Group, Residency
@@ -170,7 +170,7 @@ class Node:
         parent = request.parent or NO_PARENT
         size_class = slot_bytes_for(spec.page_bytes)
         rows: list[bytes] = []
-        writes: list[tuple[int, int, bytes, bytes]] = []
+        writes: dict[int, Write] = {}
         full = False
         for key in keys:
             verdict, slot = wire.WRITE, None
@@ -183,15 +183,15 @@ class Node:
                 rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
                 self.counters["writes_dropped"] += verdict == wire.WRITE
             else:
-                generation = self.arena.generation(slot)
+                offset, generation = self.arena.offset(slot), self.arena.generation(slot)
                 self._writing.add((spec.digest + key, spec.shard))
-                writes.append((slot, generation, key, parent))
-                rows.append(wire.RESERVED_ROW.pack(self.arena.offset(slot), generation, wire.WRITE))
+                writes[offset] = Write(slot, generation, key, parent)
+                rows.append(wire.RESERVED_ROW.pack(offset, generation, wire.WRITE))
             parent = key if request.chained else NO_PARENT
         reservation = 0
         if writes:
             reservation = self.leases.reserve(
-                session.id, spec.digest, spec.shard, spec.shards, spec.page_bytes, tuple(writes), now, ttl_s
+                session.id, spec.digest, spec.shard, spec.shards, spec.page_bytes, writes, now, ttl_s
             ).id
         return wire.Reserved(request.request, reservation, b"".join(rows))
 
@@ -203,31 +203,38 @@ class Node:
             return True
         return (name, spec.shard) in self._writing or self._partials.has(spec.digest, key, spec.shard)
 
-    def commit(self, session: Session, request: wire.CommitPages, now: float) -> wire.Committed:
-        """Close a reservation: committed pages become visible once all their shards are, the rest is given up."""
-        reservation = self.leases.close(request.reservation, session.id)
+    def commit(self, session: Session, request: wire.CommitPages, now: float) -> wire.Committed | None:
+        """Pages become visible once all their shards are committed. The last commit gives up what is left."""
+        reservation = self.leases.reservation(request.reservation, session.id)
         if reservation is None:
             self.counters["late_commits"] += 1
-            return wire.Committed(request.request, 0)
+            return None if request.more else wire.Committed(request.request, 0)
         if len(request.rows) % wire.COMMIT_ROW.size:
-            self.take_back([reservation])
             raise PeerError("malformed commit")
-        done = {offset: (gen, checksum) for offset, gen, checksum in wire.COMMIT_ROW.iter_unpack(request.rows)}
-        pages = 0
-        for slot, generation, key, parent in reservation.writes:
-            self._writing.discard((reservation.namespace + key, reservation.shard))
-            gen, checksum = done.get(self.arena.offset(slot), (0, b""))
-            if gen != generation or self.residency.get(reservation.namespace, key) is not None:
-                self.arena.give(slot)
-                continue
-            self.arena.seal(
-                slot, reservation.length, reservation.shard, reservation.shards, reservation.namespace,
-                key, parent, checksum,
-            )  # fmt: skip
-            self._add_shard(reservation, slot, key, parent, now)
-            pages += 1
-        self.counters["pages_written"] += pages
-        return wire.Committed(request.request, pages)
+        for offset, generation, checksum in wire.COMMIT_ROW.iter_unpack(request.rows):
+            write = reservation.writes.get(offset)
+            if write is not None and write.generation == generation:
+                del reservation.writes[offset]
+                self._commit_one(reservation, write, checksum, now)
+        if request.more:
+            return None
+        self.leases.close(reservation)
+        self.take_back([reservation])
+        return wire.Committed(request.request, reservation.committed)
+
+    def _commit_one(self, reservation: Reservation, write: Write, checksum: bytes, now: float) -> None:
+        slot, _, key, parent = write
+        self._writing.discard((reservation.namespace + key, reservation.shard))
+        if self.residency.get(reservation.namespace, key) is not None:
+            self.arena.give(slot)
+            return
+        self.arena.seal(
+            slot, reservation.length, reservation.shard, reservation.shards, reservation.namespace, key, parent,
+            checksum,
+        )  # fmt: skip
+        self._add_shard(reservation, slot, key, parent, now)
+        reservation.committed += 1
+        self.counters["pages_written"] += 1
 
     def _add_shard(self, reservation: Reservation, slot: int, key: bytes, parent: bytes, now: float) -> None:
         namespace, shards, length = reservation.namespace, reservation.shards, reservation.length
@@ -254,11 +261,11 @@ class Node:
     # -- time and death ------------------------------------------------------------------------------------
 
     def take_back(self, reservations: list[Reservation]) -> None:
-        """Free the slots of reservations that ended without a commit."""
+        """Free the slots of ended reservations that were not committed."""
         for reservation in reservations:
-            for slot, _, key, _ in reservation.writes:
-                self._writing.discard((reservation.namespace + key, reservation.shard))
-                self.arena.give(slot)
+            for write in reservation.writes.values():
+                self._writing.discard((reservation.namespace + write.key, reservation.shard))
+                self.arena.give(write.slot)
 
     def bury(self, session: Session) -> None:
         """The session's connection is gone: free all it held."""
