@@ -103,7 +103,9 @@ class EndScan(Message, tag="end_scan", frozen=True):
 
 
 class Check(Message, tag="check", frozen=True):
-    """Check the daemon's own invariants now."""
+    """Check a part of the daemon's own invariants: of the pages from `cursor` on, at the end of all else."""
+
+    cursor: int = 0
 
 
 ToDaemon = Hello | Join | Ping | Report | GetStatus | GetPrefixes | Scan | EndScan | Check
@@ -214,8 +216,11 @@ class Scanned(Message, tag="scanned", frozen=True):
 
 
 class Checked(Message, tag="checked", frozen=True):
+    """`next` is the cursor of the next part, -1 after the last."""
+
     faults: list[str]
     pages: int
+    next: int = -1
 
 
 FromDaemon = Welcome | Joined | Pong | Refusal | Status | Prefixes | Scanned | Checked

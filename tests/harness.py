@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from kvd import wire
 from kvd.client import Link
+from kvd.ctl.verify import bookkeeping
 from kvd.errors import Unavailable
 from kvd.places import DATA_SOCKET, SOCKET, arena_path
 
@@ -141,7 +142,7 @@ class Daemon:
         """What the daemon finds wrong with itself."""
         link = self.tool()
         try:
-            return link.ask(wire.Check(), wire.Checked, 10.0).faults
+            return bookkeeping(link)
         finally:
             link.close()
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("sidecar", "router", "planner", "storage")
 PURE = (
     "kvd.pages", "kvd.places", "kvd.daemon.leases", "kvd.daemon.residency", "kvd.daemon.sessions", "kvd.daemon.node",
-    "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.recovery", "kvd.daemon.labels", "kvd.daemon.scratch",
-    "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
+    "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.requests", "kvd.daemon.recovery", "kvd.daemon.labels",
+    "kvd.daemon.scratch", "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}

@@ -12,16 +12,15 @@ from kvd.daemon.labels import Labels
 from kvd.daemon.leases import Leases, Reservation, Write
 from kvd.daemon.partials import Partials
 from kvd.daemon.recovery import whole_pages
+from kvd.daemon.requests import joined, keys_of, valid_namespace, valid_ttl
 from kvd.daemon.residency import NO_PARENT, Group, Residency
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.space import EVICT_AT_ONCE, Space
-from kvd.errors import PeerError, Refused
+from kvd.errors import PeerError
 from kvd.index import IndexWriter
-from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
-from kvd.storage.arena import Arena, Header, slot_bytes_for, slots_per_extent
+from kvd.pages import KEY_BYTES
+from kvd.storage.arena import Arena, Header, slot_bytes_for
 
-MAX_TTL_S = 60.0
-MAX_SHARDS = 1024
 MAX_NAMESPACES = 256  # of one session
 MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
 
@@ -48,7 +47,7 @@ class Node:
         """Ids of the namespaces, in order. Raises PeerError or Refused."""
         ids: list[int] = []
         for spec in specs:
-            self._validate(spec)
+            valid_namespace(spec, self.arena.extent_bytes)
             if spec not in session.namespaces:
                 if len(session.namespaces) >= MAX_NAMESPACES:
                     raise PeerError(f"{session} joins more than {MAX_NAMESPACES} namespaces")
@@ -56,37 +55,6 @@ class Node:
             self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids
-
-    def _validate(self, spec: wire.NamespaceSpec) -> None:
-        if len(spec.digest) != NAMESPACE_BYTES or not 0 <= spec.shard < spec.shards <= MAX_SHARDS:
-            raise PeerError("malformed namespace")
-        if spec.page_bytes <= 0 or spec.page_tokens <= 0 or len(spec.label) > 256 or len(spec.pool) > 64:
-            raise PeerError("malformed namespace")
-        if len(spec.family) not in (0, NAMESPACE_BYTES):
-            raise PeerError("malformed namespace")
-        if slots_per_extent(self.arena.extent_bytes, slot_bytes_for(spec.page_bytes)) == 0:
-            raise Refused(
-                f"a page of {spec.page_bytes} bytes does not fit an extent of {self.arena.extent_bytes}",
-                "set arena.extent_bytes to at least twice the page, or use a smaller --page-size",
-            )
-
-    @staticmethod
-    def _spec(session: Session, ns: int) -> wire.NamespaceSpec:
-        if not 0 <= ns < len(session.namespaces):
-            raise PeerError(f"namespace {ns} was not joined")
-        return session.namespaces[ns]
-
-    @staticmethod
-    def _keys(joined: bytes) -> list[bytes]:
-        if len(joined) % KEY_BYTES or not joined or len(joined) > wire.MAX_KEYS * KEY_BYTES:
-            raise PeerError(f"{len(joined)} bytes are not 1..{wire.MAX_KEYS} page keys")
-        return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
-
-    @staticmethod
-    def _ttl(ttl_s: float) -> float:
-        if not 0 < ttl_s <= MAX_TTL_S:
-            raise PeerError(f"a lease of {ttl_s} s: allowed is up to {MAX_TTL_S:.0f}")
-        return ttl_s
 
     def _bounded(self, session: Session) -> None:
         if self.leases.held_by(session.id) >= MAX_HELD:
@@ -96,14 +64,14 @@ class Node:
 
     def lookup(self, session: Session, request: wire.Lookup, now: float) -> wire.Found:
         """How many leading pages are resident; they are leased for `ttl_s`."""
-        spec = self._spec(session, request.ns)
+        spec = joined(session, request.ns)
         found: list[Group] = []
-        for key in self._keys(request.keys):
+        for key in keys_of(request.keys):
             group = self.residency.get(spec.digest, key)
             if group is None:
                 break
             found.append(group)
-        ttl_s = self._ttl(request.ttl_s)
+        ttl_s = valid_ttl(request.ttl_s)
         if found and self.leases.held_by(session.id) >= MAX_HELD:
             self.counters["lookups_without_lease"] += 1
             found = []  # what cannot be promised is a miss
@@ -113,12 +81,12 @@ class Node:
 
     def lease(self, session: Session, request: wire.LeasePages, now: float) -> wire.Leased:
         """Places to read; a row of length 0 for each page that is absent or damaged."""
-        spec = self._spec(session, request.ns)
-        ttl_s = self._ttl(request.ttl_s)
+        spec = joined(session, request.ns)
+        ttl_s = valid_ttl(request.ttl_s)
         self._bounded(session)
         rows: list[bytes] = []
         groups: list[Group] = []
-        for key in self._keys(request.keys):
+        for key in keys_of(request.keys):
             group = self.residency.get(spec.digest, key)
             slot = group.slots[spec.shard] if group is not None and spec.shard < len(group.slots) else None
             if group is None or slot is None:
@@ -161,10 +129,10 @@ class Node:
 
     def reserve(self, session: Session, request: wire.ReservePages, now: float) -> wire.Reserved:
         """Places for what is new; pages that are held, or being written by someone else, are skipped."""
-        spec = self._spec(session, request.ns)
-        ttl_s = self._ttl(request.ttl_s)
+        spec = joined(session, request.ns)
+        ttl_s = valid_ttl(request.ttl_s)
         self._bounded(session)
-        keys = self._keys(request.keys)
+        keys = keys_of(request.keys)
         if len(request.parent) not in (0, KEY_BYTES):
             raise PeerError("a parent key has 32 bytes")
         parent = request.parent or NO_PARENT
@@ -293,11 +261,26 @@ class Node:
             self.arena.give(slot)
         self.warm_pages = len(self.residency)
 
-    def faults(self) -> list[str]:
-        """Broken invariants of everything the node owns, in words."""
+    def check(self, cursor: int, count: int) -> tuple[list[str], int]:
+        """Broken invariants of `count` page ids from `cursor` on, in words, and where to go on: -1 at the end.
+
+        In parts because a large node has millions of pages, and who checks it must not hold up the workers.
+        """
+        following = max(cursor, 0) + count
+        if max(cursor, 0) <= self.residency.last_id:
+            return self.residency.faults(max(cursor, 0), following), following
         owned = {slot for group in self.residency for slot in group.slots}
         owned |= self._partials.slots() | self.leases.reserved_slots()
-        found = self.residency.faults() + self.leases.faults() + self.arena.faults(owned)
+        found = self.leases.faults() + self.arena.faults(owned)
         if len(self.index) != len(self.residency):
             found.append(f"index holds {len(self.index)} pages, {len(self.residency)} are resident")
+        return found, -1
+
+    def faults(self) -> list[str]:
+        """All broken invariants of everything the node owns."""
+        found: list[str] = []
+        cursor = 0
+        while cursor >= 0:
+            some, cursor = self.check(cursor, 1 << 20)
+            found += some
         return found

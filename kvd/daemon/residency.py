@@ -201,10 +201,12 @@ class Residency:
         leaves = [group for line in self._leaves.values() for group in line.values()]
         return heapq.nlargest(limit, leaves, key=lambda group: group.last_use), len(leaves)
 
-    def faults(self) -> list[str]:
-        """Broken invariants, in words."""
+    def faults(self, start: int, end: int) -> list[str]:
+        """Broken invariants of the groups with ids from `start` to before `end`, in words."""
         found: list[str] = []
-        for group in self:
+        for group in filter(None, self._ids[start:end]):
+            if self.get(group.namespace, group.key) is not group:
+                found.append(f"group {group.id} cannot be found by its name")
             if self.by_place(group.place) is not group:
                 found.append(f"group {group.id} is not at its id")
             if group.parent is not None:

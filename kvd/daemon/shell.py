@@ -28,6 +28,8 @@ log = logging.getLogger("kvd")
 TICK_S = 0.25
 SCAN_TTL_S = 30.0
 MAX_SCAN = 256
+CHECK_AT_ONCE = 4096  # pages: some 10 ms of the loop
+MAX_FAULTS = 1000  # of one part: a bug that breaks one invariant breaks it everywhere
 MAX_CIRCUIT = 1024  # characters of a report's circuit: a reason with its hint and a path
 FAULT_STEP_BYTES = 4 << 20  # faulting holds up every other change of the process's mappings
 
@@ -78,8 +80,9 @@ class Shell:
                 member.send(self._scan(session, cursor, limit))
             case wire.EndScan(lease, bad):
                 self._node.release(session, lease, bad)
-            case wire.Check():
-                member.send(wire.Checked(self._node.faults(), len(self._node.residency)))
+            case wire.Check(cursor):
+                faults, following = self._node.check(cursor, CHECK_AT_ONCE)
+                member.send(wire.Checked(faults[:MAX_FAULTS], len(self._node.residency), following))
 
     def _welcome(self, member: Member, hello: wire.Hello, fds: list[int]) -> None:
         if hello.protocol != wire.PROTOCOL:
