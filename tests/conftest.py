@@ -81,3 +81,10 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     """A running kvd with a small arena."""
     with Daemon(tmp_path / "run") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One kvd for all tests of a file that change nothing in it."""
+    with Daemon(tmp_path_factory.mktemp("shared") / "run") as running:
+        yield running

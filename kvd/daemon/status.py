@@ -55,14 +55,15 @@ def status(
         rss_bytes=psutil.Process().memory_info().rss,
         memlock_bytes=-1 if soft == resource.RLIM_INFINITY else soft,
         gpus=telemetry.gpus(),
-        warnings=_warnings(settings, soft),
+        warnings=_warnings(settings, tier.bytes_total, soft),
     )
 
 
-def _warnings(settings: DaemonSettings, memlock: int) -> list[str]:
+def _warnings(settings: DaemonSettings, arena_bytes: int, memlock: int) -> list[str]:
     found: list[str] = []
-    if settings.arena.lock and memlock not in (-1, resource.RLIM_INFINITY) and memlock < settings.arena.size_bytes:
-        found.append("memlock limit is below arena.size_bytes")
+    if settings.arena.lock and memlock not in (-1, resource.RLIM_INFINITY) and memlock < arena_bytes:
+        # It was high enough when kvd started, or it would not run.
+        found.append("the memlock limit was lowered below the arena's size: kvd will not start again")
     return found
 
 

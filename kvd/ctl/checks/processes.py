@@ -4,27 +4,25 @@ A process belongs to a worker when it, or a descendant, is attached: SGLang load
 flags are on the server that started them. One whose settings name another socket is asked for there.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from kvd import wire
 from kvd.client import Link
 from kvd.ctl.checks.finding import Finding
+from kvd.ctl.checks.launched import plugin_settings
 from kvd.ctl.terminal import printable, span
 from kvd.errors import KvdError
 from kvd.places import SOCKET, run_dir
 
 CHECK = "sglang"
-MARK = "kvd.sidecar.hicache"
 _ELSEWHERE_TIMEOUT_S = 0.4
 _MOST_SOCKETS = 3
-_LAUNCHERS = ("bash", "sh", "dash", "zsh", "fish", "sudo", "su", "tmux", "screen", "docker", "podman", "srun", "ssh")
-_READERS = ("grep", "rg", "pgrep", "vim", "vi", "nano", "less", "journalctl", "kvdctl")
 
 
 def processes(path: Path, status: wire.Status) -> list[Finding]:
@@ -33,10 +31,11 @@ def processes(path: Path, status: wire.Status) -> list[Finding]:
     found = {process.pid: process for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time"])}
     parents = {pid: process.info["ppid"] or 0 for pid, process in found.items()}
     served = _lineage((worker.pid for worker in status.workers), parents)
-    marked = {pid for pid, process in found.items() if _runs_plugin(process.info["cmdline"] or [])}
-    tops = sorted(pid for pid in marked if not (_lineage([parents[pid]], parents) & marked))
+    read = {pid: plugin_settings(process.info["cmdline"] or [], process.cwd) for pid, process in found.items()}
+    marked = {pid: settings for pid, settings in read.items() if settings is not None}
+    tops = sorted(pid for pid in marked if not (_lineage([parents[pid]], parents) & marked.keys()))
     lost = [pid for pid in tops if pid not in served]
-    sockets = {pid: _socket_of(found[pid]) for pid in lost}
+    sockets = {pid: _socket_of(found[pid], marked[pid]) for pid in lost}
     elsewhere: set[int] = set()
     for other in sorted({s for s in sockets.values() if s not in (None, path)}, key=str)[:_MOST_SOCKETS]:
         elsewhere |= _lineage(_attached_at(other), parents) if other is not None else set()
@@ -49,12 +48,6 @@ def processes(path: Path, status: wire.Status) -> list[Finding]:
     return [Finding(CHECK, "green", f"all {len(tops)} SGLang servers launched with the plugin are attached{others}")]
 
 
-def _runs_plugin(cmdline: list[str]) -> bool:
-    if not any(MARK in argument for argument in cmdline):
-        return False
-    return Path(cmdline[0]).name.lstrip("-") not in _LAUNCHERS + _READERS
-
-
 def _lineage(pids: Iterable[int], parents: dict[int, int]) -> set[int]:
     """The processes and all their ancestors."""
     family: set[int] = set()
@@ -65,20 +58,15 @@ def _lineage(pids: Iterable[int], parents: dict[int, int]) -> set[int]:
     return family
 
 
-def _socket_of(process: psutil.Process) -> Path | None:
+def _socket_of(process: psutil.Process, settings: dict[str, Any]) -> Path | None:
     """Where its plugin looks for kvd, as far as can be told."""
-    for argument in process.info["cmdline"]:
-        if MARK in argument and "{" in argument:
-            try:
-                given = json.loads(argument[argument.index("{") :]).get("kvd", {}).get("socket")
-            except (ValueError, AttributeError):
-                continue
-            if given:
-                return Path(str(given)).resolve()
     try:
+        if given := settings.get("socket"):
+            named = Path(str(given))
+            return (named if named.is_absolute() else Path(process.cwd()) / named).resolve()
         return (run_dir(process.environ(), process.uids().effective) / SOCKET).resolve()
-    except (psutil.Error, OSError):
-        return None  # somebody else's process
+    except (psutil.Error, OSError, ValueError):
+        return None  # somebody else's process, or no path at all
 
 
 def _attached_at(path: Path) -> list[int]:
