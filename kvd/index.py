@@ -6,8 +6,9 @@ Little-endian, native 64-bit words:
     entry  (32 bytes)  [name_hi u64][name_lo u64][place u64][depth u64]
 
 `name` is (page key XOR namespace), first 16 bytes. name_hi 0 is an entry never used, 1 one that was withdrawn.
-`place` is the page group's (id << 32 | generation): what a lease names. `depth` counts the ancestors that are
-certain to be resident together with this page: eviction is leaf first, so they outlive it.
+`place` is the page group's (id << 32 | generation): what a lease names; LOWER for a page that is not in RAM but in a
+tier below: kvd must be asked for it, and begins to fetch it then. `depth` counts the ancestors that are certain to be
+resident together with this page: eviction is leaf first, so they outlive it.
 
 One writer. name_hi is stored last on publish and cleared first on withdraw, each one aligned 8-byte store, and a
 reader looks at it again after reading the rest. A reader may therefore miss a page that is just coming or
@@ -22,8 +23,9 @@ VERSION: Final = 1
 HEADER_WORDS: Final = 8
 ENTRY_WORDS: Final = 4
 WITHDRAWN: Final = 1
+LOWER: Final = 1 << 63
 _MAX_PROBES: Final = 128
-_WORD: Final = (1 << 64) - 1
+_STRIDE: Final = 2654435769  # odd, so that the hand visits every entry
 
 
 def index_bytes(entries: int) -> int:
@@ -41,6 +43,11 @@ class Match(NamedTuple):
 
     pages: int
     tips: tuple[int, ...]
+
+    @property
+    def lower(self) -> bool:
+        """Some of them are not in RAM."""
+        return LOWER in self.tips
 
 
 class Name(NamedTuple):
@@ -148,44 +155,94 @@ class IndexWriter:
         assert index_bytes(entries) <= len(memory), "index size"
         self._words = memory.cast("Q")
         self._mask = entries - 1
-        self._at: dict[bytes, int] = {}
-        self._limit = entries * 3 // 4
+        self._limit = entries * 5 // 8  # fuller, runs of used entries grow beyond what a reader probes
+        self._entries = 0
+        self._hand = 0
+        self.lower = 0  # how many of them are not in RAM
         for word, value in enumerate((MAGIC, VERSION, epoch, entries)):
             self._words[word] = value
 
     def __len__(self) -> int:
-        return len(self._at)
+        return self._entries
 
     def publish(self, namespace: bytes, key: bytes, place: int, depth: int) -> bool:
-        """Make a page visible. Not known to readers before this returns, known after."""
-        if len(self._at) >= self._limit:
-            return False
-        hi = int.from_bytes(key[:8], "big") ^ int.from_bytes(namespace[:8], "big")
-        lo = int.from_bytes(key[8:16], "big") ^ int.from_bytes(namespace[8:16], "big")
+        """Make a page visible, or show where it is now. Not known to readers before this returns, known after."""
+        hi, lo = _mixed(namespace, key)
+        at, free = self._find(hi, lo)
+        if at is None:
+            if free is None or self._entries >= self._limit:
+                return False
+            at = free
+            self._entries += 1
+        else:
+            self.lower -= self._words[at + 2] == LOWER
+            self._words[at] = WITHDRAWN  # nobody may see the old place with the new depth
+        words = self._words
+        words[at + 1] = lo
+        words[at + 2] = place
+        words[at + 3] = depth
+        words[at] = hi if hi > WITHDRAWN else hi + 2
+        self.lower += place == LOWER
+        return True
+
+    def place(self, namespace: bytes, key: bytes) -> int | None:
+        """Where the page is, or None."""
+        at, _ = self._find(*_mixed(namespace, key))
+        return None if at is None else self._words[at + 2]
+
+    def withdraw(self, namespace: bytes, key: bytes) -> None:
+        """Take a page out of sight; a no-op when it is not there."""
+        at, _ = self._find(*_mixed(namespace, key))
+        if at is None:
+            return
+        self._entries -= 1
+        self.lower -= self._words[at + 2] == LOWER
+        self._words[at] = WITHDRAWN
+        self._clear_tail(at)
+
+    def make_room(self, want: int) -> int:
+        """Withdraw up to `want` pages that are not in RAM, whichever come next; how many went."""
+        words, mask, gone = self._words, self._mask, 0
+        for _ in range(mask + 1 if self.lower else 0):
+            at = HEADER_WORDS + ENTRY_WORDS * self._hand
+            self._hand = (self._hand + _STRIDE) & mask  # all over the table: it must stay evenly filled
+            if words[at] > WITHDRAWN and words[at + 2] == LOWER:
+                self._entries -= 1
+                self.lower -= 1
+                words[at] = WITHDRAWN
+                self._clear_tail(at)
+                gone += 1
+                if gone == want or not self.lower:
+                    break
+        return gone
+
+    def withdraw_lower(self) -> None:
+        """Take every page that is not in RAM out of sight."""
+        import numpy as np  # only where there is a lower tier
+
+        names = np.frombuffer(self._words, np.uint64)[HEADER_WORDS:].reshape(-1, ENTRY_WORDS)
+        lower = (names[:, 2] == LOWER) & (names[:, 0] > WITHDRAWN)
+        names[lower, 0] = WITHDRAWN
+        self._entries -= self.lower
+        self.lower = 0
+
+    def _find(self, hi: int, lo: int) -> tuple[int | None, int | None]:
+        """The entry of a name, or None, and the first entry that could take it."""
         words, mask = self._words, self._mask
-        slot = hi & mask
+        slot, free = hi & mask, None
         if hi <= WITHDRAWN:
             hi += 2
         for _ in range(_MAX_PROBES):
             at = HEADER_WORDS + ENTRY_WORDS * slot
-            if words[at] <= WITHDRAWN:
-                words[at + 1] = lo
-                words[at + 2] = place
-                words[at + 3] = depth
-                words[at] = hi
-                self._at[namespace + key] = at
-                return True
+            seen = words[at]
+            if seen == hi and words[at + 1] == lo:
+                return at, free
+            if seen <= WITHDRAWN:
+                free = at if free is None else free
+                if seen == 0:
+                    break
             slot = (slot + 1) & mask
-        return False
-
-    def withdraw(self, namespace: bytes, key: bytes) -> None:
-        """Take a page out of sight; a no-op when it is not there."""
-        at = self._at.pop(namespace + key, None)
-        if at is None:
-            return
-        words = self._words
-        words[at] = WITHDRAWN
-        self._clear_tail(at)
+        return None, free
 
     def _clear_tail(self, at: int) -> None:
         # A withdrawn entry right before a never-used one ends no probe chain: it can be never-used again.
@@ -196,3 +253,10 @@ class IndexWriter:
         while words[HEADER_WORDS + ENTRY_WORDS * slot] == WITHDRAWN:
             words[HEADER_WORDS + ENTRY_WORDS * slot] = 0
             slot = (slot - 1) & mask
+
+
+def _mixed(namespace: bytes, key: bytes) -> tuple[int, int]:
+    return (
+        int.from_bytes(key[:8], "big") ^ int.from_bytes(namespace[:8], "big"),
+        int.from_bytes(key[8:16], "big") ^ int.from_bytes(namespace[8:16], "big"),
+    )

@@ -49,6 +49,7 @@ async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
                 systemd.notify(f"READY=1\nSTATUS={len(room.node.residency)} pages warm")
                 await stop
                 systemd.notify("STOPPING=1")
+                await shell.flush()
                 shell.close()
                 for job in jobs:
                     job.cancel()

@@ -47,6 +47,27 @@ class ArenaSettings(BaseModel):
         return self.size_bytes // self.extent_bytes
 
 
+class NvmeSettings(BaseModel):
+    """The tier on a local disk; off unless it has a path."""
+
+    model_config = _STRICT
+
+    path: Path | None = Field(None, description="folder on a local NVMe disk, kvd's alone; unset: no such tier")
+    size_bytes: int = Field(64 << 30, ge=MIB, description="disk space it may take; taken as needed, for good")
+    segment_bytes: int = Field(256 * MIB, description="size of its files; each holds pages of one size")
+    threads: int = Field(4, ge=1, le=64, description="reads and writes in flight")
+    write_delay_s: float = Field(1.0, ge=0, le=600, description="how long a new page waits to be written with others")
+    flush_s: float = Field(10.0, ge=0, le=80, description="how long a clean stop may write what is not there yet")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "NvmeSettings":
+        if self.segment_bytes % 4096 or not MIB <= self.segment_bytes < 1 << 32:
+            raise ValueError("segment_bytes must be a multiple of 4096, at least 1 MiB and below 4 GiB")
+        if self.size_bytes < self.segment_bytes:
+            raise ValueError("size_bytes must hold at least one segment")
+        return self
+
+
 class DaemonSettings(BaseSettings):
     """Settings of `kvd`."""
 
@@ -62,6 +83,7 @@ class DaemonSettings(BaseSettings):
         default_factory=lambda: run_dir(os.environ, os.getuid()), description="folder of the sockets"
     )
     arena: ArenaSettings = ArenaSettings()
+    nvme: NvmeSettings = NvmeSettings()
     socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
     max_sessions: int = Field(256, ge=1, le=4096, description="worker ranks and tools connected at once")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
@@ -113,8 +135,9 @@ def example() -> str:
             lines.extend([f"# {field.description}", f"# {name} = {quoted}", ""])
 
     add(DaemonSettings)
-    lines.extend(["[arena]", ""])
-    add(ArenaSettings)
+    for name, tier in (("arena", ArenaSettings), ("nvme", NvmeSettings)):
+        lines.extend([f"[{name}]", ""])
+        add(tier)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -157,6 +157,8 @@ class TierStatus(Message, tag="tier", frozen=True):
     free_extents: int
     extents: int
     prefaulted_bytes: int
+    trouble: str = ""  # why it does not work at the moment
+    counters: dict[str, int] = {}  # its own
 
 
 class WorkerStatus(Message, tag="worker", frozen=True):
@@ -239,10 +241,13 @@ class Lookup(Message, tag="lookup", frozen=True):
 
 
 class LeasePages(Message, tag="lease", frozen=True):
+    """The answer may take `wait_s`, where pages are on their way from a lower tier."""
+
     request: int
     ns: int
     keys: bytes
     ttl_s: float
+    wait_s: float = 0.0
 
 
 class ReleaseLease(Message, tag="release", frozen=True):

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from kvd import wire
 from kvd.client import Channel
-from kvd.index import Match, Name
+from kvd.errors import DeadlineMissed
+from kvd.index import LOWER, Match, Name
 from kvd.sidecar.config import PluginConfig
 from kvd.sidecar.copier import Copier, Move
 from kvd.sidecar.pool import PageSource
@@ -18,6 +19,7 @@ from kvd.sidecar.session import Attachment, Session
 
 _MARGIN_S = 1.0  # a lease outlives the deadline of the call that uses it
 _MAX_PROMISES = 512
+_FETCH_TIMEOUT_S = 0.1  # SGLang looks storage up from a thread of its own
 _COMMIT_PAGES = 32  # a quarter of SGLang's batch: the last step is all that a writer waits for
 
 
@@ -54,8 +56,10 @@ class Shelf:
         if attachment is None or not keys:
             return 0
         match = attachment.index.leading(self._name, keys)
+        if match.lower:
+            return self._fetch(attachment, keys[: match.pages])
         if match.pages and not self._promise(attachment, keys[match.pages - 1], match):
-            return self._ask(attachment, keys[: match.pages])
+            return self._ask(attachment, keys[: match.pages], self._config.exists_timeout_s)
         return match.pages
 
     def has_each(self, keys: Sequence[str]) -> list[bool]:
@@ -65,7 +69,7 @@ class Shelf:
             return [False] * len(keys)
         places = [attachment.index.present(self._name, key) for key in keys]
         for key, place in zip(keys, places, strict=True):
-            if place is not None:
+            if place is not None and place != LOWER:
                 self._promise(attachment, key, Match(1, (place,)))
         return [place is not None for place in places]
 
@@ -79,20 +83,28 @@ class Shelf:
         self._promises[key] = rows
         if len(self._promises) > _MAX_PROMISES:
             self._promises.popitem(last=False)  # its rows run out by themselves
-        return attachment.index.present(self._name, key) is not None
+        return attachment.index.present(self._name, key) not in (None, LOWER)
 
     def _drop_promise(self, key: str) -> None:
         rows = self._promises.pop(key, None)
         if rows is not None:
             self._session.leases.drop(rows)
 
-    def _ask(self, attachment: Attachment, keys: Sequence[str]) -> int:
+    def _fetch(self, attachment: Attachment, keys: Sequence[str]) -> int:
+        """Some of these are not in RAM: how many can be had, and begin to fetch them."""
+        try:
+            return self._ask(attachment, keys, _FETCH_TIMEOUT_S)
+        except DeadlineMissed:  # kvd is busy; whether it is stopped, the session finds out
+            self._counters["miss_lookup_late"] += len(keys)
+            return 0
+
+    def _ask(self, attachment: Attachment, keys: Sequence[str], timeout_s: float) -> int:
         joined = _join(keys[: wire.MAX_KEYS])
         with attachment.channels.lend() as channel:
             return channel.ask(
                 lambda request: wire.Lookup(request, self._ns, joined, self._config.promise_s),
                 wire.Found,
-                self._config.exists_timeout_s,
+                timeout_s,
             ).pages
 
     # -- writing -------------------------------------------------------------------------------------------
@@ -165,9 +177,10 @@ class Shelf:
             return absent
         deadline = time.monotonic() + self._config.get_timeout_s
         joined, ttl_s = _join(keys), self._config.get_timeout_s + _MARGIN_S
+        wait_s = self._config.get_timeout_s / 2  # the other half is for the copies, and for kvd to answer in time
         with attachment.channels.lend() as channel:
             leased = channel.ask(
-                lambda request: wire.LeasePages(request, self._ns, joined, ttl_s),
+                lambda request: wire.LeasePages(request, self._ns, joined, ttl_s, wait_s),
                 wire.Leased,
                 self._config.get_timeout_s,
             )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvd.index import IndexReader, IndexWriter, Match, Name, entries_for, index_bytes, leading_run
+from kvd.index import LOWER, IndexReader, IndexWriter, Match, Name, entries_for, index_bytes, leading_run
 from kvd.pages import chain
 
 NAMESPACE = bytes(range(16))
@@ -29,6 +29,28 @@ def test_what_was_published_is_found_and_what_was_withdrawn_is_not() -> None:
         writer.withdraw(NAMESPACE, key)
     assert reader.leading(name, hexes).pages == 25
     assert len(writer) == 25
+
+
+def test_a_page_that_moves_to_a_lower_tier_and_back_keeps_one_entry() -> None:
+    writer, reader = make()
+    keys = chain(range(160), 16)
+    name, hexes = Name.of(NAMESPACE), [key.hex() for key in keys]
+    for n, key in enumerate(keys):
+        writer.publish(NAMESPACE, key, n << 32 | 1, n)
+    for key in keys[5:]:
+        assert writer.publish(NAMESPACE, key, LOWER, 0)
+    match = reader.leading(name, hexes)
+    assert (match.pages, match.lower) == (10, True)
+    assert not reader.leading(name, hexes[:5]).lower
+    assert (len(writer), writer.lower) == (10, 5)
+    for n, key in enumerate(keys):
+        writer.publish(NAMESPACE, key, n << 32 | 2, n)
+    assert reader.leading(name, hexes) == Match(10, (9 << 32 | 2,))
+    assert (len(writer), writer.lower) == (10, 0)
+    for key in keys:
+        writer.withdraw(NAMESPACE, key)
+        writer.withdraw(NAMESPACE, key)
+    assert (len(writer), reader.leading(name, hexes).pages) == (0, 0)
 
 
 def test_a_full_table_refuses_instead_of_losing_pages() -> None:

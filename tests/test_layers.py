@@ -11,7 +11,11 @@ ROOMS = ("sidecar", "router", "planner", "storage")
 PURE = (
     "kvd.pages", "kvd.places", "kvd.daemon.leases", "kvd.daemon.residency", "kvd.daemon.sessions", "kvd.daemon.node",
     "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.requests", "kvd.daemon.recovery", "kvd.daemon.labels",
-    "kvd.daemon.scratch", "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
+    "kvd.daemon.scratch", "kvd.daemon.intake", "kvd.daemon.stock", "kvd.daemon.promotion", "kvd.daemon.writeback",
+    "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
+    "kvd.storage.slots", "kvd.storage.reopen",
+    "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
+    "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}
@@ -26,7 +30,7 @@ MAY = {
     "sidecar": {CORE, "sidecar"},
     "router": {CORE, "router"},
     "planner": {CORE, "planner"},
-    "ctl": {CORE, "ctl", "settings"},
+    "ctl": {CORE, "ctl", "settings", "storage"},
     "settings": {CORE},
     "main": {CORE, "daemon", "settings"},
 }

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvd import wire
 from kvd.daemon.node import Node
+from kvd.daemon.requests import MAX_HELD
 from kvd.daemon.sessions import Session, Sessions
 from kvd.errors import PeerError, Refused
 from kvd.index import IndexReader, IndexWriter, Name, entries_for, index_bytes
@@ -38,7 +39,8 @@ def spec(shards: int, shard: int = 0, n: int | None = None) -> wire.NamespaceSpe
 class World:
     """A node over plain memory, with helpers that act as a worker would."""
 
-    def __init__(self, extents: int = 6) -> None:
+    def __init__(self, extents: int = 6, entries: int = entries_for(4096)) -> None:
+        self.entries = entries
         self.memory = bytearray(SUPERBLOCK_BYTES + extents * EXTENT)
         self.now = 100.0
         self.sessions_made = 0
@@ -46,10 +48,9 @@ class World:
 
     def start(self) -> None:
         """A new daemon over the same memory: after kill -9."""
-        entries = entries_for(4096)
-        self.index_memory = memoryview(bytearray(index_bytes(entries)))
+        self.index_memory = memoryview(bytearray(index_bytes(self.entries)))
         arena = Arena(memoryview(self.memory), EXTENT)
-        self.node = Node(arena, IndexWriter(self.index_memory, entries, 1), Sessions())
+        self.node = Node(arena, IndexWriter(self.index_memory, self.entries, 1), Sessions())
         self.reader = IndexReader(self.index_memory)
         if arena.recognise():
             arena.format()
@@ -65,7 +66,7 @@ class World:
 
     def reserve(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> wire.Reserved:
         request = wire.ReservePages(1, ns, b"".join(keys), 10.0, parent)
-        return self.node.reserve(session, request, self.now)
+        return self.node.intake.reserve(session, request, self.now)
 
     def commit(self, session: Session, keys: list[bytes], reserved: wire.Reserved, ns: int = 0, step: int = 64) -> int:
         """Write the right bytes to every reserved place, and commit, `step` pages a message."""
@@ -81,8 +82,8 @@ class World:
         steps = [b"".join(rows[at : at + step]) for at in range(0, len(rows), step)] or [b""]
         for done in steps[:-1]:
             more = wire.CommitPages(0, reserved.reservation, done, more=True)
-            assert self.node.commit(session, more, self.now) is None
-        committed = self.node.commit(session, wire.CommitPages(1, reserved.reservation, steps[-1]), self.now)
+            assert self.node.intake.commit(session, more, self.now) is None
+        committed = self.node.intake.commit(session, wire.CommitPages(1, reserved.reservation, steps[-1]), self.now)
         assert committed is not None, "the last one is answered"
         return committed.pages
 
@@ -379,20 +380,35 @@ def test_making_room_for_another_size_is_done_in_small_steps() -> None:
     assert world.node.faults() == []
 
 
-def test_a_peer_that_hoards_leases_is_dropped_and_a_lookup_is_a_miss() -> None:
-    from kvd.daemon.node import MAX_HELD
-
+def test_a_peer_that_hoards_leases_is_dropped_and_its_lookups_cost_nothing() -> None:
     world = World()
     greedy, honest = world.session(spec(1)), world.session(spec(1))
     keys = KEYS[0][:3]
     world.put(honest, keys)
     lookup = wire.Lookup(1, 0, b"".join(keys), 5.0)
     assert world.node.lookup(greedy, lookup, world.now).pages == 3
-    for _ in range(MAX_HELD - 1):
+    for _ in range(MAX_HELD):
         world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
-    assert world.node.lookup(greedy, lookup, world.now).pages == 0
+        assert world.node.lookup(greedy, lookup, world.now).pages == 3
+    assert world.node.leases.counts(greedy.id)[0] == MAX_HELD + 3, "a promise is one per page, however often given"
     with pytest.raises(PeerError, match="asks for more"):
         world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
     world.node.bury(greedy)
     assert world.take(honest, keys) == [True] * 3
     assert world.node.faults() == []
+
+
+def test_a_promise_ends_with_the_read_that_it_was_for() -> None:
+    world = World()
+    session = world.session(spec(1))
+    keys = KEYS[0][:3]
+    world.put(session, keys)
+    for _ in range(2):
+        world.node.lookup(session, wire.Lookup(1, 0, b"".join(keys), 5.0), world.now)
+    size_class = world.node.residency.size_classes()[0]
+    world.take(session, keys)
+    assert world.node.space.evict(size_class, 3, world.now) == 0, "another lookup still waits for its read"
+    world.take(session, keys)
+    for _ in range(3):
+        world.node.space.evict(size_class, 3, world.now)
+    assert len(world.node.residency) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from kvd.ctl.checks import attached, memory, processes, reach, trip
+from kvd.ctl.checks import attached, lower, memory, processes, reach, trip
 from kvd.ctl.checks.finding import STEP_S, Finding, within, worst
 from kvd.ctl.terminal import FINE, NO_DAEMON, WRONG, JsonOption, SocketOption, printable, show_json, socket_path
 
@@ -57,6 +57,7 @@ def diagnose(path: Path) -> tuple[list[Finding], bool]:
         (processes.CHECK, lambda: processes.processes(path, status)),
         ("arena", lambda: memory.arena(status)),
         ("room", lambda: memory.room(status)),
+        ("tiers", lambda: lower.tiers(status)),
         ("memlock", lambda: memory.memlock(status)),
         ("damage", lambda: memory.damage(status)),
         ("warning", lambda: memory.warnings(status)),

@@ -46,7 +46,10 @@ def _facts(status: wire.Status) -> Iterator[tuple[str, str]]:
         used = (
             f"{size(tier.bytes_used)} of {size(tier.bytes_total)} used ({percent(tier.bytes_used, tier.bytes_total)})"
         )
-        yield tier.name, f"{tier.pages:,} pages, {used}, {tier.free_extents} of {tier.extents} extents free"
+        extents = f", {tier.free_extents} of {tier.extents} extents free" if tier.extents else ""
+        yield tier.name, f"{tier.pages:,} pages, {used}{extents}"
+        if tier.trouble:
+            yield f"{tier.name} trouble", f"{tier.trouble}: see kvdctl doctor"
         asked = tier.hits + tier.misses
         hits = f"{percent(tier.hits, asked)} of {asked:,} pages asked for" if asked else "nothing was asked for yet"
         yield f"{tier.name} hits", f"{hits}; {tier.evicted:,} evicted"

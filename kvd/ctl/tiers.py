@@ -13,7 +13,7 @@ from kvd.ctl.terminal import (
     size,
 )
 
-_COLUMNS = ("tier", "used", "total", "full", "pages", "hits", "misses", "hit rate", "evicted", "free extents")
+_COLUMNS = ("tier", "used", "total", "full", "pages", "hits", "misses", "hit rate", "evicted", "free extents", "state")
 
 
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
@@ -49,5 +49,6 @@ def _row(tier: wire.TierStatus) -> tuple[object, ...]:
         tier.misses,
         percent(tier.hits, tier.hits + tier.misses),
         tier.evicted,
-        f"{tier.free_extents} of {tier.extents}",
+        f"{tier.free_extents} of {tier.extents}" if tier.extents else "",
+        tier.trouble or "works",
     )

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -21,11 +22,15 @@ log = logging.getLogger("kvd.data")
 _AT_ONCE = 64  # messages before the loop gets a turn
 _QUEUE = 16  # a worker has a handful of requests out; what it queues beyond that is its own problem
 
-Answer = Callable[[bytes, wire.FromWorker], wire.ToWorker | None]
+Respond = Callable[[wire.ToWorker], None]
+Answer = Callable[[bytes, wire.FromWorker, Respond], wire.ToWorker | None]
 
 
 class DataSocket:
-    """Binds, answers, closes. `answer(ticket, request)` returns the reply; PeerError drops the session."""
+    """Binds, answers, closes. `answer(ticket, request, respond)` returns the reply, or None and may `respond` later.
+
+    PeerError drops the session.
+    """
 
     def __init__(self, path: Path, mode: int, answer: Answer, drop: Callable[[bytes, str], None]) -> None:
         self._answer = answer
@@ -66,14 +71,22 @@ class DataSocket:
         try:
             if len(parts) != 2:
                 raise PeerError(f"{len(parts) - 1} frames")
-            reply = self._answer(ticket, wire.decode_from_worker(parts[1]))
+            reply = self._answer(ticket, wire.decode_from_worker(parts[1]), partial(self._send_late, parts[0]))
         except PeerError as error:
             self.dropped += 1
             self._drop(ticket, str(error))
             return
         if reply is not None:
-            with contextlib.suppress(zmq.ZMQError):  # it hung up, or does not read: its deadline will tell it
-                self._socket.send_multipart((parts[0], wire.encode(reply)), zmq.NOBLOCK)
+            self._send(parts[0], reply)
+
+    def _send(self, identity: bytes, reply: wire.ToWorker) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # it hung up, or does not read: its deadline will tell it
+            self._socket.send_multipart((identity, wire.encode(reply)), zmq.NOBLOCK)
+
+    def _send_late(self, identity: bytes, reply: wire.ToWorker) -> None:
+        if not self._socket.closed:
+            self._send(identity, reply)
+            self._drain()  # sending may have used up the edge that announced a message
 
     def close(self) -> None:
         """Idempotent."""

@@ -1,12 +1,14 @@
 """Leases and reservations: who may read or write which pages, and until when. Pure: time is a number.
 
-A *lease* lets a worker read pages: they are not evicted meanwhile. A *reservation* gives a worker slots to
-write: nobody sees them until they are committed. Both end by their owner's word, by time, or with its death.
+A *lease* lets a worker read pages: they are not evicted meanwhile. A *promise* is what a lookup gives, for the read
+that is to follow: it ends with that read. A *reservation* gives a worker slots to write: nobody sees them until they
+are committed. All end by their owner's word, by time, or with its death.
 
 Always true: every lease and reservation has a living owner, and its end is reported exactly once.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,11 +48,21 @@ class Reservation:
 
 
 @dataclass(slots=True)
+class Promise:
+    """How many lookups of one session wait to read a page, and until when."""
+
+    group: Group
+    reads: int
+    until: float
+
+
+@dataclass(slots=True)
 class Leases:
     """All that is outstanding."""
 
     _leases: dict[int, Lease] = field(default_factory=dict)
     _reservations: dict[int, Reservation] = field(default_factory=dict)
+    _promises: dict[int, dict[int, Promise]] = field(default_factory=dict)  # owner -> place -> promise
     _last_id: int = 0
     _held_by: Counter[int] = field(default_factory=Counter)  # leases and reservations of each owner
 
@@ -76,6 +88,35 @@ class Leases:
         for group in lease.groups:
             group.leases -= 1
         return lease
+
+    def promise(self, owner: int, groups: Iterable[Group], until: float) -> None:
+        """Hold pages for a read that is to follow."""
+        mine = self._promises.setdefault(owner, {})
+        for group in groups:
+            held = mine.get(group.place)
+            if held is None:
+                mine[group.place] = Promise(group, 1, until)
+                group.leases += 1
+            else:
+                held.reads += 1
+                held.until = max(held.until, until)
+
+    def keep_promises(self, owner: int, groups: Iterable[Group]) -> None:
+        """The read has happened."""
+        mine = self._promises.get(owner)
+        for group in groups if mine else ():
+            held = mine.get(group.place)  # type: ignore[union-attr]
+            if held is not None:
+                held.reads -= 1
+                if not held.reads:
+                    self._end_promise(owner, held)
+
+    def _end_promise(self, owner: int, promise: Promise) -> None:
+        mine = self._promises[owner]
+        del mine[promise.group.place]
+        promise.group.leases -= 1
+        if not mine:
+            del self._promises[owner]
 
     def reserve(
         self, owner: int, namespace: bytes, shard: int, shards: int, length: int,
@@ -107,6 +148,9 @@ class Leases:
         """End what is overdue; the reservations among it, so that their slots can be taken back."""
         for lease in [lease for lease in self._leases.values() if lease.expires_at <= now]:
             self.release(lease.id, lease.owner)
+        for owner, mine in list(self._promises.items()):
+            for promise in [promise for promise in mine.values() if promise.until <= now]:
+                self._end_promise(owner, promise)
         overdue = [r for r in self._reservations.values() if r.expires_at <= now]
         return [self._end(r) for r in overdue]
 
@@ -114,6 +158,8 @@ class Leases:
         """The owner is dead: end all it had; its reservations, so that their slots can be taken back."""
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
             self.release(lease.id, owner)
+        for promise in list(self._promises.get(owner, {}).values()):
+            self._end_promise(owner, promise)
         mine = [r for r in self._reservations.values() if r.owner == owner]
         ended = [self._end(r) for r in mine]
         del self._held_by[owner]
@@ -122,7 +168,7 @@ class Leases:
     def counts(self, owner: int) -> tuple[int, int]:
         """(leases, reservations) of one session."""
         return (
-            sum(lease.owner == owner for lease in self._leases.values()),
+            sum(lease.owner == owner for lease in self._leases.values()) + len(self._promises.get(owner, ())),
             sum(r.owner == owner for r in self._reservations.values()),
         )
 
@@ -135,9 +181,12 @@ class Leases:
         for lease in self._leases.values():
             for group in lease.groups:
                 held[id(group)] = held.get(id(group), 0) + 1
+        promises = [promise for mine in self._promises.values() for promise in mine.values()]
+        for promise in promises:
+            held[id(promise.group)] = held.get(id(promise.group), 0) + 1
+        groups = [group for lease in self._leases.values() for group in lease.groups]
         return [
             f"group {group.id} counts {group.leases} leases, {held[id(group)]} are live"
-            for lease in self._leases.values()
-            for group in lease.groups
+            for group in [*groups, *(promise.group for promise in promises)]
             if group.leases != held[id(group)]
         ]

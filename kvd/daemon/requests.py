@@ -8,6 +8,7 @@ from kvd.storage.arena import slot_bytes_for, slots_per_extent
 
 MAX_TTL_S = 60.0
 MAX_SHARDS = 1024
+MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
 
 
 def valid_namespace(spec: wire.NamespaceSpec, extent_bytes: int) -> None:
@@ -23,6 +24,12 @@ def valid_namespace(spec: wire.NamespaceSpec, extent_bytes: int) -> None:
             f"a page of {spec.page_bytes} bytes does not fit an extent of {extent_bytes}",
             "set arena.extent_bytes to at least twice the page, or use a smaller --page-size",
         )
+
+
+def bounded(session: Session, held: int) -> None:
+    """Does it ask for more leases or reservations than anybody needs?"""
+    if held >= MAX_HELD:
+        raise PeerError(f"{session} holds {MAX_HELD} leases and reservations, and asks for more")
 
 
 def joined(session: Session, ns: int) -> wire.NamespaceSpec:

@@ -29,7 +29,8 @@ from kvd.storage.memory import ArenaMemory
 log = logging.getLogger("kvd.room")
 
 FD_NAME = "kvd-arena"
-_TYPICAL_PAGE_BYTES = 64 << 10  # sizes the index; smaller pages fill the index before the arena
+# Size the index. Smaller pages fill it before the tiers are full: then pages in RAM come first.
+_TYPICAL_PAGE_BYTES, _TYPICAL_PAGE_BELOW_BYTES = 64 << 10, 256 << 10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -54,7 +55,10 @@ def open_room(settings: DaemonSettings, inherited: dict[str, int]) -> Iterator[R
     try:
         if settings.arena.lock:
             memory.lock(arena_memory.map)
-        entries = entries_for(min(size // _TYPICAL_PAGE_BYTES, 1 << 24))
+        pages = size // _TYPICAL_PAGE_BYTES
+        if settings.nvme.path is not None:
+            pages += settings.nvme.size_bytes // _TYPICAL_PAGE_BELOW_BYTES
+        entries = entries_for(min(pages, 1 << 24))
         index_fd = os.memfd_create("kvd-index", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(index_fd, index_bytes(entries))
         fcntl.fcntl(index_fd, fcntl.F_ADD_SEALS, _SEALS)

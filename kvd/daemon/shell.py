@@ -9,12 +9,14 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 
 from kvd import __version__, wire
 from kvd.daemon import scratch, status, systemd
 from kvd.daemon.data import DataSocket
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
+from kvd.daemon.nvme import open_nvme
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
 from kvd.errors import PeerError, Refused, VersionSkew
@@ -28,6 +30,7 @@ log = logging.getLogger("kvd")
 TICK_S = 0.25
 SCAN_TTL_S = 30.0
 MAX_SCAN = 256
+MAX_WAIT_S = 10.0
 CHECK_AT_ONCE = 4096  # pages: some 10 ms of the loop
 MAX_FAULTS = 1000  # of one part: a bug that breaks one invariant breaks it everywhere
 MAX_CIRCUIT = 1024  # characters of a report's circuit: a reason with its hint and a path
@@ -50,6 +53,7 @@ class Shell:
         self._members = Members(listener, settings.max_sessions, self._answer, self._gone)
         self._data = DataSocket(settings.run_dir / DATA_SOCKET, settings.socket_mode, self._answer_worker, self._drop)
         self._by_ticket: dict[bytes, Member] = {}
+        self._nvme = open_nvme(settings, room)
 
     # -- kvd.sock ------------------------------------------------------------------------------------------
 
@@ -129,7 +133,9 @@ class Shell:
 
     # -- kvd.data ------------------------------------------------------------------------------------------
 
-    def _answer_worker(self, ticket: bytes, request: wire.FromWorker) -> wire.ToWorker | None:
+    def _answer_worker(
+        self, ticket: bytes, request: wire.FromWorker, respond: Callable[[wire.ToWorker], None]
+    ) -> wire.ToWorker | None:
         session = self._node.sessions.by_ticket(ticket)
         if session is None:
             raise PeerError("no such session")
@@ -137,11 +143,11 @@ class Shell:
         try:
             match request:
                 case wire.LeasePages():
-                    return self._node.lease(session, request, now)
+                    return self._lease(session, request, respond, now)
                 case wire.ReservePages():
-                    return self._node.reserve(session, request, now)
+                    return self._node.intake.reserve(session, request, now)
                 case wire.CommitPages():
-                    return self._node.commit(session, request, now)
+                    return self._node.intake.commit(session, request, now)
                 case wire.ReleaseLease(lease, bad):
                     self._node.release(session, lease, bad)
                     return None
@@ -149,6 +155,21 @@ class Shell:
                     return self._node.lookup(session, request, now)
         except Refused as refused:
             return wire.Refusal(refused.message, refused.hint, getattr(request, "request", 0))
+
+    def _lease(
+        self, session: Session, request: wire.LeasePages, respond: Callable[[wire.ToWorker], None], now: float
+    ) -> wire.ToWorker | None:
+        """At once, or when the pages that are on their way from below are here, or time is up."""
+        coming = self._node.on_the_way(session, request, now)
+        if not coming or request.wait_s <= 0:
+            return self._node.lease(session, request, now)
+
+        def here() -> None:
+            if self._node.sessions.by_ticket(session.ticket) is session:
+                respond(self._node.lease(session, request, time.monotonic()))
+
+        self._node.promotion.wait(coming, now + min(request.wait_s, MAX_WAIT_S), here)
+        return None
 
     def _drop(self, ticket: bytes, why: str) -> None:
         member = self._by_ticket.get(ticket)
@@ -163,6 +184,8 @@ class Shell:
         interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
         while True:
             self._node.tick(time.monotonic())
+            if self._nvme is not None:
+                self._nvme.tick(time.monotonic())
             gc.collect(1)
             if interval_s is not None:
                 systemd.notify("WATCHDOG=1")
@@ -187,11 +210,20 @@ class Shell:
     def status(self) -> wire.Status:
         return status.status(
             self._node, self._settings, self._room, time.monotonic(), self._started, self.prefaulted,
-            self._data.dropped,
+            self._data.dropped, self._nvme,
         )  # fmt: skip
+
+    async def flush(self) -> None:
+        """Before a clean stop: write what the lower tier does not have yet, as far as time allows."""
+        writeback, until = self._node.writeback, time.monotonic() + self._settings.nvme.flush_s
+        while self._nvme is not None and self._nvme.ready and not writeback.idle and time.monotonic() < until:
+            writeback.tick(time.monotonic(), hurry=True)
+            await asyncio.sleep(0.01)
 
     def close(self) -> None:
         self.closing = True
+        if self._nvme is not None:
+            self._nvme.close()
         self._members.close()
         self._data.close()
         (self._settings.run_dir / SOCKET).unlink(missing_ok=True)

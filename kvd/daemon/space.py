@@ -8,7 +8,7 @@ from collections import Counter
 from kvd.daemon.labels import Labels
 from kvd.daemon.residency import Group, Residency
 from kvd.daemon.sessions import Sessions
-from kvd.index import IndexWriter
+from kvd.index import LOWER, IndexWriter
 from kvd.storage.arena import Arena
 
 DRAIN_AT_ONCE = 256
@@ -133,5 +133,7 @@ class Space:
 
     def _forget(self, group: Group, quarantined: bool = False) -> None:
         self._residency.remove(group)
+        if group.durable:
+            self._index.publish(group.namespace, group.key, LOWER, 0)
         for slot in group.slots:
             self._arena.give(slot, quarantined=quarantined)

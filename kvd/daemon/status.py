@@ -8,6 +8,7 @@ import psutil
 
 from kvd import __version__, wire
 from kvd.daemon import telemetry
+from kvd.daemon.below import Below
 from kvd.daemon.node import Node
 from kvd.daemon.residency import Group
 from kvd.daemon.room import Room
@@ -24,6 +25,7 @@ def status(
     started: float,
     prefaulted: int,
     strangers: int,
+    below: Below | None = None,
 ) -> wire.Status:
     """The daemon at a glance."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -49,7 +51,7 @@ def status(
         socket=str(settings.run_dir / SOCKET),
         arena=f"{room.memory.name}, {'parked with systemd' if room.parked else 'kept by name'}",
         warm_pages=node.warm_pages,
-        tiers=[tier],
+        tiers=[tier, *([_below(node, below)] if below is not None else [])],
         workers=[_worker(node, s, now) for s in node.sessions.all() if s.role == "worker"],
         counters=counters,
         rss_bytes=psutil.Process().memory_info().rss,
@@ -57,6 +59,15 @@ def status(
         gpus=telemetry.gpus(),
         warnings=_warnings(settings, tier.bytes_total, soft),
     )
+
+
+def _below(node: Node, below: Below) -> wire.TierStatus:
+    gauge, counters = below.gauge, node.counters
+    return wire.TierStatus(
+        below.name, gauge.bytes_total, gauge.bytes_used, gauge.pages, counters.get("pages_promoted", 0),
+        counters.get("promotions_failed", 0), gauge.counters.get("evicted", 0), 0, 0, 0, below.trouble,
+        {**gauge.counters, "restarts": below.restarts, "waiting_to_be_written": len(node.writeback)},
+    )  # fmt: skip
 
 
 def _warnings(settings: DaemonSettings, arena_bytes: int, memlock: int) -> list[str]:

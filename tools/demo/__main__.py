@@ -121,6 +121,20 @@ class Demo:
         kvd.wait_for_workers(2)
         a.flush_cache()
         self.measure("kvd: kvd killed -9, restarted", a, "storage")
+        self.step("the whole node restarts: both workers, kvd and its memory are gone, only the disk is left")
+        kvd.wait_until_written()
+        for server in (a, b):
+            server.kill()
+        kvd.kill(and_memory=True)
+        kvd.start()
+        a.start()
+        b.start()
+        a.wait_ready()
+        b.wait_ready()
+        kvd.wait_for_workers(2)
+        kvd.wait_for_nvme()
+        a.chat([{"role": "user", "content": "Hello"}], 4)
+        self.measure("kvd: node restarted, from NVMe", a, "storage")
 
     @property
     def fine(self) -> bool:

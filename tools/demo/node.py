@@ -1,6 +1,7 @@
 """The demo's processes: one kvd, two SGLang workers, in a scratch folder of their own."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from kvd import wire
 from kvd.client import Link
 from kvd.errors import Unavailable
-from kvd.places import SOCKET
+from kvd.places import SOCKET, arena_path
 from tools.sglang_cpu.server import HiCache, SglangServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,8 @@ class Kvd:
             **{name: value for name, value in os.environ.items() if not name.startswith("KVD_")},
             "KVD_RUN_DIR": str(self.folder),
             "KVD_ARENA__SIZE_BYTES": str(arena_mib << 20),
+            "KVD_NVME__PATH": str(self.folder / "nvme"),
+            "KVD_NVME__SIZE_BYTES": str(2 << 30),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,16 +71,36 @@ class Kvd:
                 raise RuntimeError(f"{count} workers did not attach; see the logs in {LOGS}")
             time.sleep(0.05)
 
-    def kill(self) -> None:
+    def wait_until_written(self, timeout_s: float = 30) -> None:
+        """Until the NVMe tier has every page."""
+        deadline = time.monotonic() + timeout_s
+        while self.status().tiers[1].counters["waiting_to_be_written"]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the NVMe tier takes nothing: {self.status().tiers[1].trouble or 'too slow'}")
+            time.sleep(0.05)
+
+    def wait_for_nvme(self, timeout_s: float = 20) -> None:
+        """Until the NVMe tier is open."""
+        deadline = time.monotonic() + timeout_s
+        while trouble := self.status().tiers[1].trouble:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the NVMe tier does not open: {trouble}")
+            time.sleep(0.05)
+
+    def kill(self, and_memory: bool = False) -> None:
+        """kill -9; `and_memory` takes its RAM tier too, as a reboot does."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
+        if and_memory:
+            arena_path(self.folder, os.getuid()).unlink()
 
     def stop(self) -> None:
         """A clean stop, which also removes the arena."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait(20)
+        shutil.rmtree(self.folder / "nvme", ignore_errors=True)
         (self.folder / "kvd.log").unlink(missing_ok=True)
         (self.folder / "kvd.lock").unlink(missing_ok=True)
         if self.folder.exists() and not any(self.folder.iterdir()):

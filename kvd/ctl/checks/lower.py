@@ -1,0 +1,39 @@
+"""The tiers below RAM: do they work, do they keep up, has anything on them been found damaged?"""
+
+from kvd import wire
+from kvd.ctl.checks.finding import Finding, Level
+from kvd.ctl.terminal import percent, printable, size
+
+_BEHIND = 1024  # pages that wait to be written: some seconds of a fast disk
+
+# What a tier says of its trouble -> what to do. The first part that occurs in it decides.
+_REMEDIES: tuple[tuple[str, str], ...] = (
+    ("opening", "wait a few seconds: it reads its catalog"),
+    ("silent", "its disk does not answer: look at dmesg; kvd tries again by itself and serves from RAM meanwhile"),
+    ("process ended", "look for its last lines in `journalctl -u kvd`, and at dmesg: a failing disk kills it"),
+    ("ermission", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
+    ("ead-only", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
+)
+_ELSE = "look at dmesg and at the disk; kvd tries again by itself and serves from RAM meanwhile"
+
+
+def tiers(status: wire.Status) -> list[Finding]:
+    """One finding per lower tier."""
+    return [_tier(tier) for tier in status.tiers[1:]]
+
+
+def _tier(tier: wire.TierStatus) -> Finding:
+    if tier.trouble:
+        level: Level = "yellow" if tier.trouble == "opening" else "red"
+        remedy = next((remedy for part, remedy in _REMEDIES if part in tier.trouble), _ELSE)
+        return Finding(tier.name, level, f"it does not work: {printable(tier.trouble)}", remedy)
+    damaged = sum(count for name, count in tier.counters.items() if name.startswith("corrupt"))
+    if damaged:
+        message = f"{damaged} damaged pages were found and dropped since it was opened"
+        return Finding(tier.name, "yellow", message, "if the count grows the disk is failing: look at its SMART data")
+    waiting = tier.counters.get("waiting_to_be_written", 0)
+    full = f"{size(tier.bytes_used)} of {size(tier.bytes_total)} ({percent(tier.bytes_used, tier.bytes_total)})"
+    if waiting > _BEHIND:
+        message = f"{waiting:,} pages wait to be written: the disk is slower than what the workers produce"
+        return Finding(tier.name, "yellow", message, "a faster disk keeps more; nothing waits for it meanwhile")
+    return Finding(tier.name, "green", f"{tier.pages:,} pages, {full}; {waiting} wait to be written")

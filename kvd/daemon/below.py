@@ -1,0 +1,236 @@
+"""The process of a lower tier, as the daemon sees it: started, asked, watched, killed and started again.
+
+Always true: an answer comes exactly once, and only when that process can touch the request's memory no more: it
+answered, or it is dead and reaped. A medium that hangs so that even SIGKILL waits keeps its slots until it lets go.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvd.storage import tierwire
+from kvd.storage.tier import Name, Page
+
+log = logging.getLogger("kvd.tier")
+
+SILENT_AFTER_S = 10.0  # it says how it is twice a second
+START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
+_OPENING = "opening"
+_WELL_AFTER_S = 60.0  # up for as long, a failure is the first again
+
+Loaded = Callable[[list[Page | None], float], None]  # pages, and the seconds that the medium took
+Stored = Callable[[list[bool]], None]
+
+
+@dataclass(slots=True)
+class Gauge:
+    """What the tier last said of itself."""
+
+    pages: int = 0
+    bytes_used: int = 0
+    bytes_total: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+class Below:
+    """One lower tier. All calls and callbacks on the event loop's thread; `close` may be called twice."""
+
+    def __init__(
+        self, name: str, settings: dict[str, Any], arena_fd: int,
+        changed: Callable[[list[Name], list[Name]], None], forgotten: Callable[[], None], works: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.gauge = Gauge()
+        self.trouble = "not started yet"
+        self.restarts = 0
+        self._settings = settings
+        self._arena_fd = arena_fd
+        self._changed = changed  # names came or left
+        self._forgotten = forgotten  # all that came before is unknown again
+        self._works = works  # all that it holds has been said, and it can be used
+        self._loop = asyncio.get_running_loop()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._inbox, self._outbox = bytearray(), bytearray()
+        self._request = 0
+        self._loads: dict[int, tuple[int, Loaded]] = {}
+        self._stores: dict[int, tuple[int, Stored]] = {}
+        self._heard = self._began = self._start_at = time.monotonic()
+        self._wait_s = START_AFTER_S[0]
+        self._closed = False
+
+    @property
+    def ready(self) -> bool:
+        """It works, as far as is known."""
+        return self._sock is not None and not self.trouble
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    def load(self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Loaded) -> None:
+        """Read pages into the arena. `done` may be called at once."""
+        self._request += 1
+        self._loads[self._request] = (len(wanted), done)
+        self._send(
+            tierwire.Load(self._request, length, b"".join(name for name, _ in wanted), [o for _, o in wanted])
+        )
+
+    def store(self, pages: Sequence[tuple[Page, list[int]]], done: Stored) -> None:
+        """Write pages from the arena. `done` may be called at once."""
+        self._request += 1
+        self._stores[self._request] = (len(pages), done)
+        self._send(tierwire.Store(self._request, [tierwire.Row.of(page, offsets) for page, offsets in pages]))
+
+    def drop(self, names: Sequence[Name]) -> None:
+        self._send(tierwire.Drop(b"".join(names)))
+
+    def _send(self, message: tierwire.ToTier) -> None:
+        if self._sock is None:
+            self._fail_all()
+            return
+        self._outbox += tierwire.frame(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        try:
+            while self._outbox:
+                del self._outbox[: sock.send(self._outbox)]
+        except BlockingIOError:
+            self._loop.add_writer(sock, self._flush)
+            return
+        except OSError:
+            self._hang_up("its process is gone")
+            return
+        self._loop.remove_writer(sock)
+
+    # -- hearing -------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._hang_up(self.trouble if self.trouble not in ("", _OPENING) else "its process ended: see kvd's log")
+            return
+        self._heard = time.monotonic()
+        self._inbox += data
+        while self._sock is not None and (body := tierwire.take_frame(self._inbox)) is not None:
+            try:
+                message = tierwire.decode_from_tier(body)
+            except msgspec.DecodeError as error:
+                self._hang_up(f"its process speaks nonsense: {error}")
+                return
+            self._hear(message)
+
+    def _hear(self, message: tierwire.FromTier) -> None:
+        match message:
+            case tierwire.Loaded(request, rows, seconds):
+                _, loaded = self._loads.pop(request)
+                loaded([None if row is None else row.page for row in rows], seconds)
+            case tierwire.Stored(request, flags):
+                _, stored = self._stores.pop(request)
+                stored(flags)
+            case tierwire.Changed(came, left):
+                self._changed(tierwire.split(came), tierwire.split(left))
+            case tierwire.Gauge(pages, used, total, counters, trouble):
+                self.gauge = Gauge(pages, used, total, counters)
+                was, self.trouble = self.trouble, trouble
+                if trouble != was:
+                    log.log(logging.WARNING if trouble else logging.INFO, "%s: %s", self.name, trouble or "works")
+                    if not trouble:
+                        self._works()
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Start it when it is time, kill it when it is silent, reap it when it has ended."""
+        if self._process is None:
+            if now >= self._start_at and not self._closed:
+                self._start(now)
+        elif self._sock is not None and now - self._heard > SILENT_AFTER_S:
+            self._hang_up(f"silent for {SILENT_AFTER_S:.0f} s: does its disk hang?")
+        elif self._sock is None and self._process.poll() is not None:
+            self._process = None
+            self._fail_all()
+
+    def _start(self, now: float) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        settings = {**self._settings, "tier": self.name, "socket": theirs.fileno(), "arena": self._arena_fd}
+        command = [sys.executable, "-m", "kvd.storage.serve", json.dumps(settings)]
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=(theirs.fileno(), self._arena_fd), stdin=subprocess.DEVNULL,
+                    env={k: v for k, v in os.environ.items() if not k.startswith(("NOTIFY_", "WATCHDOG_"))},
+                )  # fmt: skip
+            except OSError as error:  # no memory, no processes: later again
+                ours.close()
+                self._start_at = now + START_AFTER_S[1]
+                self.trouble = f"cannot start its process: {error}"
+                return
+        ours.setblocking(False)
+        self._sock = ours
+        self._inbox.clear()
+        self._outbox.clear()
+        self._heard = self._began = now
+        self.trouble = _OPENING
+        self._loop.add_reader(ours, self._read)
+
+    def _hang_up(self, why: str) -> None:
+        """Close, kill; `tick` reaps."""
+        if self._sock is None or self._process is None:
+            return
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._sock = None
+        self._process.send_signal(signal.SIGKILL)
+        now = time.monotonic()
+        first, longest = START_AFTER_S
+        self._wait_s = first if now - self._began > _WELL_AFTER_S else min(2 * self._wait_s, longest)
+        self._start_at = now + self._wait_s
+        self.trouble = why
+        self.restarts += 1
+        self.gauge = Gauge()
+        log.warning("%s: %s; starting again in %.1f s", self.name, why, self._wait_s)
+        self._forgotten()
+
+    def _fail_all(self) -> None:
+        """Nobody will answer any more. Only when there is no process that could still write into the arena."""
+        if self._process is not None:
+            return  # killed, not reaped: `tick` comes back to it
+        loads, stores = list(self._loads.values()), list(self._stores.values())
+        self._loads.clear()
+        self._stores.clear()
+        for count, loaded in loads:
+            loaded([None] * count, 0.0)
+        for count, stored in stores:
+            stored([False] * count)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._hang_up("stopping")
+        if self._process is not None:
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                log.warning("%s: its process does not end: does its disk hang?", self.name)

@@ -1,0 +1,154 @@
+"""Pages on their way from a lower tier into RAM: fetched when a lookup finds them, long before they are read.
+
+Pure but for the tier it is handed: time is a number. A page that is being fetched owns slots which nobody reads; it is
+admitted when its bytes have arrived, and leased to everybody who asked for it meanwhile.
+
+Always true: slots are given back only after the tier can write into them no more (see kvd.daemon.below).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from kvd import wire
+from kvd.daemon.stock import Stock
+from kvd.index import LOWER
+from kvd.storage.arena import slot_bytes_for
+from kvd.storage.tier import Name, Page
+
+MAX_FETCHES = 1024  # pages on their way at once: the prefetch depth
+_AT_ONCE = 16  # pages of one request to the tier: what has arrived is admitted while the rest is read
+
+
+class Source(Protocol):
+    """A lower tier, as far as promotion needs it."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def load(
+        self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None], float], None]
+    ) -> None: ...
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One page on its way. `askers` are sessions and until when each wants it held."""
+
+    spec: wire.NamespaceSpec
+    key: bytes
+    slots: tuple[int, ...]
+    askers: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """Somebody who wants to be told when these pages are here, or not to be had, or time is up."""
+
+    names: set[Name]
+    until: float
+    then: Callable[[], None]
+
+
+class Promotion:
+    """`source` is None where there is no lower tier."""
+
+    def __init__(self, stock: Stock) -> None:
+        self.source: Source | None = None
+        self.clock: Callable[[], float] = lambda: 0.0
+        self._stock = stock
+        self._arena = stock.arena
+        self._index = stock.index
+        self._leases = stock.leases
+        self._residency = stock.residency
+        self._counters = stock.counters
+        self._fetches: dict[Name, Fetch] = {}
+        self._unsent: list[Fetch] = []
+        self._waiters: list[Waiter] = []
+
+    def fetch(self, session: int, spec: wire.NamespaceSpec, key: bytes, until: float, now: float) -> bool:
+        """Begin to fetch a page that is not in RAM, or join who does. False when it cannot be had. Then `send`."""
+        name = spec.digest + key
+        fetch = self._fetches.get(name)
+        if fetch is None:
+            if self.source is None or not self.source.ready or self._index.place(spec.digest, key) != LOWER:
+                return False
+            if len(self._fetches) >= MAX_FETCHES:
+                self._counters["promotions_refused"] += 1
+                return False
+            slots = self._take(spec, now)
+            if slots is None:
+                return False
+            fetch = self._fetches[name] = Fetch(spec, key, slots)
+            self._unsent.append(fetch)
+        fetch.askers[session] = max(until, fetch.askers.get(session, until))
+        return True
+
+    def _take(self, spec: wire.NamespaceSpec, now: float) -> tuple[int, ...] | None:
+        slots: list[int] = []
+        for _ in range(spec.shards):
+            slot = self._stock.space.take(slot_bytes_for(spec.page_bytes), now, spec.shards)
+            if slot is None:
+                for taken in slots:
+                    self._arena.give(taken)
+                self._counters["promotions_no_room"] += 1
+                return None
+            slots.append(slot)
+        return tuple(slots)
+
+    def send(self) -> None:
+        """Ask the tier for what `fetch` collected."""
+        unsent, self._unsent = self._unsent, []
+        for at in range(0, len(unsent), _AT_ONCE):
+            batch = unsent[at : at + _AT_ONCE]
+            wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
+            assert self.source is not None, "`fetch` saw it"
+            self.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, batch))
+
+    def _arrived(self, batch: list[Fetch], pages: list[Page | None], _: float) -> None:
+        now = self.clock()
+        for fetch, page in zip(batch, pages, strict=True):
+            name = fetch.spec.digest + fetch.key
+            del self._fetches[name]
+            if page is None or self._residency.get(fetch.spec.digest, fetch.key) is not None:
+                for slot in fetch.slots:
+                    self._arena.give(slot)
+                if page is None and self._index.place(fetch.spec.digest, fetch.key) == LOWER:
+                    self._index.withdraw(fetch.spec.digest, fetch.key)
+                    self._counters["promotions_failed"] += 1
+                continue
+            group = self._stock.admit_page(page, fetch.slots, now)
+            self._counters["pages_promoted"] += 1
+            for session, until in fetch.askers.items():
+                self._leases.promise(session, (group,), until)
+        self._settle(now)
+
+    # -- waiting -------------------------------------------------------------------------------------------
+
+    def on_the_way(self, namespace: bytes, keys: Sequence[bytes]) -> set[Name]:
+        """Which of these pages are being fetched."""
+        return {namespace + key for key in keys if namespace + key in self._fetches} if self._fetches else set()
+
+    def wait(self, names: set[Name], until: float, then: Callable[[], None]) -> None:
+        """Call `then` once, when none of these pages is on its way any more, or at `until`."""
+        self._waiters.append(Waiter(names, until, then))
+
+    def tick(self, now: float) -> None:
+        """Let go of who has waited long enough."""
+        self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        over = [w for w in self._waiters if w.until <= now or not any(name in self._fetches for name in w.names)]
+        for waiter in over:
+            self._waiters.remove(waiter)
+        for waiter in over:
+            waiter.then()
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._fetches)
+
+    def slots(self) -> set[int]:
+        return {slot for fetch in self._fetches.values() for slot in fetch.slots}

@@ -1,0 +1,86 @@
+"""The pages of RAM and all that is known of them, as one thing that the rest of the daemon works on. No clock, no I/O.
+
+Always true: a page is in the index as resident exactly while it is in `residency`; when it leaves RAM and a tier below
+has it (`durable`), the index says so instead.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+from kvd.daemon.labels import Labels
+from kvd.daemon.leases import Leases
+from kvd.daemon.residency import Group, Residency
+from kvd.daemon.sessions import Sessions
+from kvd.daemon.space import EVICT_AT_ONCE, Space
+from kvd.index import LOWER, IndexWriter
+from kvd.pages import NAMESPACE_BYTES
+from kvd.storage.arena import Arena
+from kvd.storage.tier import Name, Page
+
+
+class Stock:
+    """`counters` are what `kvdctl status` shows; `on_admit` is told of every page that becomes resident."""
+
+    def __init__(self, arena: Arena, index: IndexWriter, sessions: Sessions) -> None:
+        self.arena = arena
+        self.index = index
+        self.residency = Residency()
+        self.leases = Leases()
+        self.labels = Labels()
+        self.counters: Counter[str] = Counter()
+        self.space = Space(arena, index, self.residency, sessions, self.labels, self.counters)
+        self.on_admit: Callable[[Group, float], None] = lambda group, now: None
+
+    def admit(
+        self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float
+    ) -> Group:
+        """A whole page becomes resident and visible. The caller has sealed its slots, and checked that it is not."""
+        size_class = self.arena.slot_bytes(slots[0])
+        group = self.residency.admit(namespace, key, parent, slots, length, size_class, now)
+        group.durable = self.index.place(namespace, key) == LOWER
+        if not self.index.publish(namespace, key, group.place, group.depth):
+            self._make_room_in_index(group, now)
+            if not self.index.publish(namespace, key, group.place, group.depth):
+                self.counters["index_full"] += 1
+        self.on_admit(group, now)
+        return group
+
+    def _make_room_in_index(self, group: Group, now: float) -> None:
+        """RAM comes first: names of pages below it go, and only then pages of RAM, but not the one that just came."""
+        if not self.index.make_room(EVICT_AT_ONCE):
+            group.leaving = True
+            self.space.evict(group.size_class, EVICT_AT_ONCE, now)
+            group.leaving = False
+
+    def admit_page(self, page: Page, slots: tuple[int, ...], now: float) -> Group:
+        """The same for a page whose bytes have come from a tier below: seals its slots."""
+        for shard, slot in enumerate(slots):
+            self.arena.seal(
+                slot, page.length, shard, page.shards, page.namespace, page.key, page.parent, page.checksums[shard]
+            )
+        return self.admit(page.namespace, page.key, page.parent, slots, page.length, now)
+
+    # -- what a tier below holds ---------------------------------------------------------------------------
+
+    def below_changed(self, came: list[Name], left: list[Name]) -> None:
+        """Names that a lower tier holds now, or holds no more."""
+        for name in came:
+            namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
+            group = self.residency.get(namespace, key)
+            if group is not None:
+                group.durable = True
+            elif not self.index.publish(namespace, key, LOWER, 0):
+                self.counters["index_full"] += 1
+        for name in left:
+            namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
+            group = self.residency.get(namespace, key)
+            if group is not None:
+                group.durable = False
+            elif self.index.place(namespace, key) == LOWER:
+                self.index.withdraw(namespace, key)
+
+    def below_forgotten(self) -> None:
+        """What the lower tier holds is unknown until it says so again."""
+        self.index.withdraw_lower()
+        for group in self.residency:
+            group.durable = False

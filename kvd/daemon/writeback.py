@@ -1,0 +1,112 @@
+"""New pages on their way from RAM into a lower tier: in the background, a batch at a time, never in a request's way.
+
+Pure but for the tier it is handed: time is a number. A page is written some seconds after it came, so that a batch is
+large, and stays in RAM as long as it is worth it: when it is evicted later, it is only forgotten here. The queue is
+bounded: where the tier cannot keep up, the oldest pages are not written, and nobody waits.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvd.daemon.residency import Group
+from kvd.daemon.stock import Stock
+from kvd.storage.tier import Page
+
+BATCH_BYTES = 64 << 20
+_BATCH_PAGES = 256
+MAX_QUEUE = 1 << 16  # pages
+_NOBODY = 0  # the session that leases for us; real ones begin at 1
+_LEASE_S = 3600.0  # until the tier answers: it always does
+
+
+class Sink(Protocol):
+    """A lower tier, as far as writing back needs it."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def store(self, pages: Sequence[tuple[Page, list[int]]], done: Callable[[list[bool]], None]) -> None: ...
+
+
+class WriteBack:
+    """`sink` is None where there is no lower tier."""
+
+    def __init__(self, stock: Stock) -> None:
+        self.sink: Sink | None = None
+        self.delay_s = 1.0
+        self._arena = stock.arena
+        self._residency = stock.residency
+        self._leases = stock.leases
+        self._labels = stock.labels
+        self._counters = stock.counters
+        self._queue: deque[tuple[float, int]] = deque()  # when it came, its place
+        self._writing = False
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting or being written."""
+        return not self._queue and not self._writing
+
+    def admitted(self, group: Group, now: float) -> None:
+        """A page has become resident."""
+        if self.sink is None or group.durable:
+            return
+        if len(self._queue) >= MAX_QUEUE:
+            self._queue.popleft()
+            self._counters["writes_back_dropped"] += 1
+        self._queue.append((now, group.place))
+
+    def tick(self, now: float, hurry: bool = False) -> None:
+        """Send the next batch, unless one is under way. With `hurry`, what has just come too."""
+        if self._writing or self.sink is None or not self.sink.ready:
+            return
+        batch: list[Group] = []
+        size = 0
+        while self._queue and len(batch) < _BATCH_PAGES and size < BATCH_BYTES:
+            came, place = self._queue[0]
+            if came + self.delay_s > now and not hurry:
+                break
+            self._queue.popleft()
+            group = self._residency.by_place(place)
+            if group is None or group.durable or group.leaving or not self._worth(group):
+                continue
+            batch.append(group)
+            size += group.size_class * len(group.slots)
+        if not batch:
+            return
+        lease = self._leases.grant(_NOBODY, tuple(batch), now, _LEASE_S)
+        pages = [(self._page(group), [self._arena.offset(slot) for slot in group.slots]) for group in batch]
+        self._writing = True
+
+        def done(flags: list[bool]) -> None:
+            self._writing = False
+            self._leases.release(lease.id, _NOBODY)
+            for group, stored in zip(batch, flags, strict=True):
+                if stored:
+                    group.durable = True
+            self._counters["pages_written_back"] += sum(flags)
+            self._counters["writes_back_refused"] += len(flags) - sum(flags)
+
+        self.sink.store(pages, done)
+
+    def _worth(self, group: Group) -> bool:
+        """Its headers are sound, and it is no page that leaves with its session."""
+        spec = self._labels.get(group.namespace)
+        if spec is not None and spec.scratch:
+            return False
+        return all(self._arena.intact(slot, self._arena.header(slot)) for slot in group.slots)
+
+    def _page(self, group: Group) -> Page:
+        spec = self._labels.get(group.namespace)
+        checksums = tuple(self._arena.header(slot).checksum for slot in group.slots)
+        tokens = spec.page_tokens if spec else 0
+        return Page(group.namespace, group.key, group.parent_key, group.length, checksums, tokens)
+
+    def everything(self, now: float) -> None:
+        """The tier has said all that it holds: whatever else is resident goes there."""
+        for group in self._residency:
+            self.admitted(group, now)

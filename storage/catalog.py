@@ -1,0 +1,222 @@
+"""The catalog: which pages a folder of segments holds, and where. An LMDB environment; owns the record's format.
+
+Database `pages`, key = name (48 bytes), value, little-endian:
+
+    [slot u64][length u32][tokens u32][sequence u64][shards u16][0 6][parent 32][seal u64]  ([checksum 16])*
+
+`slot` is segment << 20 | position. `sequence` grows from commit to commit. The seal is xxh3_64 over the name, what is
+before the seal and the checksums after it, for LMDB itself notices no flipped bit. Database `meta`, key `format`:
+
+    [magic 8][version u32][0 u32][uuid 16][segment_bytes u64]
+
+Every commit is synchronous and all or nothing, so a crash leaves the records of the last commit or of the one before.
+One thread writes at a time, any number read. What LMDB raises leaves this module as TierError, but a disk that fails
+under its memory map kills the process with SIGBUS.
+"""
+
+import os
+import struct
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvd.storage.failpoints import reach
+from kvd.storage.tier import NAME_BYTES, Name, Page, TierError
+
+MAGIC: Final = b"KVDNVME\0"
+VERSION: Final = 1
+META: Final = struct.Struct("<8sI4x16sQ")
+_FIXED: Final = struct.Struct("<QIIQH6x32s")
+_SEAL: Final = struct.Struct("<Q")
+CHECKSUM_BYTES: Final = 16
+HEAD_BYTES: Final = _FIXED.size + _SEAL.size
+HEAD: Final = np.dtype(
+    [("slot", "<u8"), ("length", "<u4"), ("tokens", "<u4"), ("sequence", "<u8"), ("shards", "<u2"), ("rest", "V46")]
+)
+PIECE: Final = 1 << 16  # records per piece of a scan
+
+assert HEAD.itemsize == HEAD_BYTES == 72
+
+
+class Record(NamedTuple):
+    """Where a page is, and what it is."""
+
+    slot: int
+    sequence: int
+    page: Page
+
+
+class Heads(NamedTuple):
+    """A piece of all records: names and fixed parts, not checked against their seals."""
+
+    names: npt.NDArray[np.void]
+    heads: npt.NDArray[np.void]
+    odd: list[bytes]  # keys of what has not even the size of a record
+
+
+def pack(record: Record) -> bytes:
+    page = record.page
+    fixed = _FIXED.pack(record.slot, page.length, page.tokens, record.sequence, page.shards, page.parent)
+    checksums = b"".join(page.checksums)
+    return fixed + _SEAL.pack(_seal(page.name, fixed, checksums)) + checksums
+
+
+def unpack(name: Name, value: bytes) -> Record | None:
+    """None: not what was written."""
+    if len(value) <= HEAD_BYTES or (len(value) - HEAD_BYTES) % CHECKSUM_BYTES:
+        return None
+    fixed, checksums = value[: _FIXED.size], value[HEAD_BYTES:]
+    slot, length, tokens, sequence, shards, parent = _FIXED.unpack(fixed)
+    if _SEAL.unpack_from(value, _FIXED.size)[0] != _seal(name, fixed, checksums):
+        return None
+    sums = tuple(checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(checksums), CHECKSUM_BYTES))
+    assert len(sums) == shards, "a sealed record contradicts itself"
+    return Record(slot, sequence, Page(name[:16], name[16:], parent, length, sums, tokens))
+
+
+def _seal(name: Name, fixed: bytes, checksums: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(name + fixed + checksums)
+
+
+class Catalog:
+    """An open catalog."""
+
+    def __init__(self, folder: Path, segment_bytes: int, map_bytes: int) -> None:
+        """Opens or makes it. Raises TierError for one that this kvd must not touch."""
+        with _translated("cannot open the catalog", f"remove {folder.parent} to start with an empty tier"):
+            fresh = not (folder / "data.mdb").exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._env = lmdb.open(str(folder), map_size=map_bytes, max_dbs=2, mode=0o600)
+        try:
+            with _translated("cannot open the catalog", f"remove {folder.parent} to start with an empty tier"):
+                self._env.reader_check()
+                self._pages = self._env.open_db(b"pages")
+                self._meta = self._env.open_db(b"meta")
+                self.uuid = self._recognise(folder.parent, segment_bytes)
+            if fresh:
+                for directory in (folder, folder.parent, folder.parent.parent):
+                    _sync_directory(directory)
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _recognise(self, folder: Path, segment_bytes: int) -> bytes:
+        with self._env.begin() as reading:
+            found = reading.get(b"format", db=self._meta)
+        if found is None:
+            own = uuid.uuid4().bytes
+            reach("catalog.create.before_commit")
+            with self._env.begin(write=True) as writing:
+                writing.put(b"format", META.pack(MAGIC, VERSION, own, segment_bytes), db=self._meta)
+            reach("catalog.create.after_commit")
+            return own
+        if len(found) < 12 or found[:8] != MAGIC:
+            raise TierError(f"{folder} is not a folder of kvd", "point the tier at an empty folder")
+        if (version := int.from_bytes(found[8:12], "little")) != VERSION or len(found) != META.size:
+            hint = f"run the kvd that wrote it, or remove {folder} to start with an empty tier"
+            raise TierError(f"{folder} has format {version}, this kvd knows {VERSION}", hint)
+        _, _, own, made_with = META.unpack(found)
+        if made_with != segment_bytes:
+            hint = f"set segments to {made_with} bytes again, or remove {folder} to start with an empty tier"
+            raise TierError(f"{folder} has segments of {made_with} bytes, not {segment_bytes}", hint)
+        return bytes(own)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def values(self, names: Sequence[Name]) -> list[bytes | None]:
+        """The records as they lie there, all of one moment."""
+        with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
+            return [reading.get(name) if len(name) == NAME_BYTES else None for name in names]
+
+    def names(self) -> Iterator[list[Name]]:
+        """All names, in pieces; each piece is of a moment of its own."""
+        after = b""
+        while True:
+            with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
+                cursor = reading.cursor()
+                piece: list[Name] = []
+                if cursor.set_range(after):
+                    for name in cursor.iternext(keys=True, values=False):
+                        piece.append(name)
+                        if len(piece) == PIECE:
+                            break
+            if not piece:
+                return
+            yield piece
+            after = piece[-1] + b"\0"
+
+    def heads(self) -> Iterator[Heads]:
+        """All records, once, for whoever opens the tier: 10**6 in less than a second."""
+        with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
+            records = iter(reading.cursor())
+            while True:
+                names: list[bytes] = []
+                values: list[bytes] = []
+                for name, value in records:
+                    names.append(name)
+                    values.append(value[:HEAD_BYTES])
+                    if len(names) == PIECE:
+                        break
+                if not names:
+                    return
+                yield _heads(names, values)
+
+    def __len__(self) -> int:
+        with _translated("cannot read the catalog"), self._env.begin() as reading:
+            return int(reading.stat(self._pages)["entries"])
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def commit(self, insert: Iterable[Record] = (), delete: Iterable[Name] = ()) -> bool:
+        """Delete, then insert, in one durable step. False: nothing was changed, for the disk is full."""
+        with _translated("cannot write the catalog"):
+            try:
+                with self._env.begin(write=True, db=self._pages) as writing:
+                    for name in delete:
+                        writing.delete(name)
+                    for record in insert:
+                        writing.put(record.page.name, pack(record))
+                    reach("catalog.commit.before")
+                reach("catalog.commit.after")
+            except (lmdb.MapFullError, lmdb.DiskError):  # DiskError is what py-lmdb calls ENOSPC, and only that
+                with self._env.begin(write=True):  # raises when LMDB gave up its environment
+                    return False
+        return True
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _heads(names: list[bytes], values: list[bytes]) -> Heads:
+    odd: list[bytes] = []
+    if set(map(len, names)) != {NAME_BYTES} or set(map(len, values)) != {HEAD_BYTES}:
+        fits = [
+            len(name) == NAME_BYTES and len(value) == HEAD_BYTES for name, value in zip(names, values, strict=True)
+        ]
+        odd = [name for name, fit in zip(names, fits, strict=True) if not fit]
+        names, values = list(compress(names, fits)), list(compress(values, fits))
+    return Heads(np.frombuffer(b"".join(names), f"V{NAME_BYTES}"), np.frombuffer(b"".join(values), HEAD), odd)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _translated(doing: str, hint: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.Error, OSError) as why:
+        raise TierError(f"{doing}: {why}", hint) from why

@@ -1,0 +1,144 @@
+"""A lower tier in a process of its own: `python -m kvd.storage.serve SETTINGS`, started by kvd.
+
+A disk that hangs hangs this process; a medium that fails under LMDB's mapping kills it (SIGBUS); kvd sees it, answers
+misses and starts another. SETTINGS is JSON: {"tier": "nvme", "socket": fd, "arena": fd, ...the tier's own}.
+Loads run on several threads, stores and drops on one, in their order. Ends when kvd hangs up.
+"""
+
+import json
+import mmap
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvd.errors import KvdError
+from kvd.storage import tierwire
+from kvd.storage.tier import Tier, TierError
+
+GAUGE_EVERY_S = 0.5
+_ALIGN = 4096
+_NAMES_AT_ONCE = 4096  # kvd enters them into its index a message at a time, between its workers' requests
+
+
+class Server:
+    """Serves one tier to one kvd."""
+
+    def __init__(self, tier: Tier, sock: socket.socket, arena: memoryview, loaders: int) -> None:
+        self._tier = tier
+        self._sock = sock
+        self._arena = arena
+        self._send_lock = threading.Lock()
+        self._stores: queue.SimpleQueue[tierwire.Store | tierwire.Drop] = queue.SimpleQueue()
+        self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
+        for work in (self._store_forever, self._gauge_forever, *[self._load_forever] * loaders):
+            threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
+
+    def serve(self) -> None:
+        """Until kvd hangs up."""
+        inbox = bytearray()
+        while data := self._sock.recv(1 << 20):
+            inbox += data
+            while (body := tierwire.take_frame(inbox)) is not None:
+                message = tierwire.decode_to_tier(body)
+                if isinstance(message, tierwire.Load):
+                    self._loads.put(message)
+                else:
+                    self._stores.put(message)
+
+    def send(self, message: tierwire.FromTier) -> None:
+        with self._send_lock:
+            self._sock.sendall(tierwire.frame(message))
+
+    def _or_die(self, work: Callable[[], None]) -> None:
+        """A thread of ours ends because the medium fails, kvd is gone, or by a bug: kvd starts another process."""
+        try:
+            work()
+        except TierError as error:
+            self.send(trouble(error))
+            os._exit(1)
+        except OSError:  # the socket: what the medium does is a TierError
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+
+    def _buffers(self, offsets: Sequence[int], length: int) -> list[memoryview]:
+        rounded = -(-length // _ALIGN) * _ALIGN
+        return [self._arena[offset : offset + rounded] for offset in offsets]
+
+    def _load_forever(self) -> None:
+        while True:
+            request = self._loads.get()
+            names = tierwire.split(request.names)
+            wanted = [(n, self._buffers(o, request.length)) for n, o in zip(names, request.offsets, strict=True)]
+            started = time.monotonic()
+            found = self._tier.get(wanted)
+            rows = [None if page is None else tierwire.Row.of(page, []) for page in found]
+            self.send(tierwire.Loaded(request.request, rows, time.monotonic() - started))
+
+    def _store_forever(self) -> None:
+        while True:
+            request = self._stores.get()
+            if isinstance(request, tierwire.Drop):
+                self._tier.remove(tierwire.split(request.names))
+                continue
+            flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in request.rows])
+            self._tell_news()  # before the answer: kvd must know what left before it believes what came
+            self.send(tierwire.Stored(request.request, flags))
+
+    def _gauge_forever(self) -> None:
+        for names in self._tier.names():
+            for at in range(0, len(names), _NAMES_AT_ONCE):
+                self.send(tierwire.Changed(b"".join(names[at : at + _NAMES_AT_ONCE]), b""))
+        while True:
+            self._tell_news()
+            counters = dict(getattr(self._tier, "counters", {}))
+            self.send(tierwire.Gauge(*self._tier.usage(), counters))
+            time.sleep(GAUGE_EVERY_S)
+
+    def _tell_news(self) -> None:
+        came, left = self._tier.news()
+        if came or left:
+            self.send(tierwire.Changed(b"".join(came), b"".join(left)))
+
+
+def trouble(error: KvdError) -> tierwire.Gauge:
+    """The last words of a tier that cannot work."""
+    return tierwire.Gauge(0, 0, 0, {}, str(error))
+
+
+def open_tier(settings: dict[str, Any]) -> Tier:
+    """The tier that the settings describe. Raises TierError."""
+    kind = settings["tier"]
+    if kind == "nvme":
+        from kvd.storage.nvme import NvmeTier
+
+        return NvmeTier(Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"])
+    raise TierError(f"unknown tier {kind}")
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for kvd, which then hangs up
+    sock = socket.socket(fileno=settings["socket"])
+    arena = mmap.mmap(settings["arena"], os.fstat(settings["arena"]).st_size)
+    os.close(settings["arena"])
+    try:
+        tier = open_tier(settings)
+    except KvdError as error:
+        sock.sendall(tierwire.frame(trouble(error)))
+        sys.exit(1)
+    Server(tier, sock, memoryview(arena), settings["threads"]).serve()
+    os._exit(0)  # threads may be in the middle of a write; what was not acknowledged does not count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Which slots of the segments are free, taken, being read, or next to be evicted. Pure: no clock, no I/O.
+
+A *segment* belongs to one size class (bytes of a slot) or to none; a *slot* is an int, segment << 20 | position.
+A slot is FREE -> RESERVED (being written) -> USED <-> TOUCHED (read since the hand passed) -> LEAVING (its record is
+being deleted) -> FREE, or DOOMED in between while somebody still reads it. State is a byte a slot and the name 48, so
+searching is memchr and 10**6 pages are 50 MB.
+
+Always true: no slot that is being read is evicted or handed out; a slot is handed out only from FREE.
+
+Which pages leave is decided in `victims` and `coldest` alone: second chance within a class, and across classes a whole
+segment that nobody used since the hand of the class in need last came round, for that is colder than what it keeps.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvd.storage.tier import NAME_BYTES, Name
+
+POSITION_BITS: Final = 20
+_POSITION: Final = (1 << POSITION_BITS) - 1
+FREE, RESERVED, USED, TOUCHED, LEAVING, DOOMED = range(6)
+_HELD: Final = (USED, TOUCHED)
+_SPARED: Final = bytes(USED if state == TOUCHED else state for state in range(256))  # the hand takes the chance away
+
+Names = npt.NDArray[np.void]
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Segment:
+    """One segment file's slots."""
+
+    slot_bytes: int
+    state: bytearray
+    readers: bytearray
+    names: Names
+    free: int
+    used_at: int  # the clock when a page of it was last read or written
+
+    @classmethod
+    def empty(cls, slot_bytes: int, slots: int, now: int) -> "Segment":
+        return cls(slot_bytes, bytearray(slots), bytearray(slots), np.zeros(slots, f"V{NAME_BYTES}"), slots, now)
+
+    @property
+    def in_flight(self) -> bool:
+        """Some slot is being read or written, or is on its way out."""
+        read = self.readers.count(0) != len(self.readers)
+        return read or any(state in self.state for state in (RESERVED, LEAVING, DOOMED))
+
+
+@dataclass(slots=True)
+class Class:
+    """The segments of one size class, and the hand that goes round them."""
+
+    segments: list[int] = field(default_factory=list)
+    roomy: set[int] = field(default_factory=set)  # those with free slots
+    at: int = 0
+    position: int = 0
+    since: int = 0  # the clock when the hand began its round
+
+
+class Slots:
+    """All segments. The caller holds a lock; nothing here waits."""
+
+    def __init__(self, segments: int) -> None:
+        self._segments: list[Segment | None] = [None] * segments
+        self._classes: dict[int, Class] = {}
+        self._clock = 0
+
+    # -- segments ------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """A batch was written: the unit in which `coldest` counts time."""
+        self._clock += 1
+
+    def unassigned(self) -> list[int]:
+        """Segments that belong to no class."""
+        return [number for number, segment in enumerate(self._segments) if segment is None]
+
+    def assign(self, number: int, slot_bytes: int, slots: int) -> None:
+        """Give a segment of no class to one."""
+        assert self._segments[number] is None, "the segment belongs to a class"
+        self._segments[number] = Segment.empty(slot_bytes, slots, self._clock)
+        of_class = self._classes.setdefault(slot_bytes, Class(since=self._clock))
+        of_class.segments.append(number)
+        of_class.roomy.add(number)
+
+    def withdraw(self, number: int) -> None:
+        """Take a segment, all of whose slots are free, from its class."""
+        segment = self._segment(number)
+        assert segment.free == len(segment.state), "the segment is in use"
+        of_class = self._classes[segment.slot_bytes]
+        if of_class.segments.index(number) < of_class.at:
+            of_class.at -= 1
+        of_class.segments.remove(number)
+        of_class.roomy.discard(number)
+        self._segments[number] = None
+        if of_class.segments:
+            of_class.at %= len(of_class.segments)
+        else:
+            del self._classes[segment.slot_bytes]
+
+    def coldest(self, slot_bytes: int) -> int | None:
+        """The segment another class should give to this one: idle, or colder than what this class evicts."""
+        if self._classes.keys() <= {slot_bytes}:
+            return None
+        own = self._classes.get(slot_bytes)
+        since = own.since if own is not None else self._clock + 1
+        best: tuple[int, int] | None = None
+        for number, segment in enumerate(self._segments):
+            if segment is None or segment.slot_bytes == slot_bytes:
+                continue
+            age = -1 if segment.free == len(segment.state) else segment.used_at
+            if age < since and (best is None or age < best[0]) and not segment.in_flight:
+                best = age, number
+        return None if best is None else best[1]
+
+    def leave_all(self, number: int) -> list[int]:
+        """Every page of a segment leaves: its slots, now LEAVING."""
+        segment = self._segment(number)
+        found = [position for position, state in enumerate(segment.state) if state in _HELD]
+        for position in found:
+            assert not segment.readers[position], "a slot that is being read"
+            segment.state[position] = LEAVING
+        return [number << POSITION_BITS | position for position in found]
+
+    # -- slots ---------------------------------------------------------------------------------------------
+
+    def free(self, slot_bytes: int) -> int:
+        """Slots of the class that `take` would give."""
+        of_class = self._classes.get(slot_bytes)
+        return sum(self._segment(number).free for number in of_class.roomy) if of_class else 0
+
+    def total(self, slot_bytes: int) -> int:
+        of_class = self._classes.get(slot_bytes)
+        return sum(len(self._segment(number).state) for number in of_class.segments) if of_class else 0
+
+    def take(self, slot_bytes: int, count: int) -> list[int]:
+        """Up to `count` free slots, now RESERVED."""
+        found: list[int] = []
+        of_class = self._classes.get(slot_bytes)
+        while of_class and of_class.roomy and len(found) < count:
+            number = min(of_class.roomy)
+            segment = self._segment(number)
+            position = -1
+            while segment.free and len(found) < count:
+                position = segment.state.index(FREE, position + 1)
+                segment.state[position] = RESERVED
+                segment.free -= 1
+                found.append(number << POSITION_BITS | position)
+            if not segment.free:
+                of_class.roomy.discard(number)
+        return found
+
+    def fill(self, slot: int, name: Name) -> None:
+        """What was written to a reserved slot is committed."""
+        segment, position = self._of(slot)
+        assert segment.state[position] == RESERVED, "a slot that was not reserved"
+        segment.state[position] = USED
+        segment.names[position] = np.void(name)
+        segment.used_at = self._clock
+
+    def release(self, slots: Iterable[int]) -> None:
+        """The pages are gone for good, or were never written; who still reads one keeps it from reuse."""
+        for slot in slots:
+            segment, position = self._of(slot)
+            assert segment.state[position] not in (FREE, DOOMED), "released twice"
+            if segment.readers[position]:
+                segment.state[position] = DOOMED
+            else:
+                self._set_free(slot, segment, position)
+
+    def keep(self, slots: Iterable[int]) -> None:
+        """Pages that were LEAVING stay: their records could not be deleted."""
+        for slot in slots:
+            segment, position = self._of(slot)
+            assert segment.state[position] == LEAVING, "the slot was not leaving"
+            segment.state[position] = USED
+
+    def pin(self, slot: int) -> bool:
+        """Begin reading. False: the page is leaving or not quite there yet."""
+        segment, position = self._of(slot)
+        if segment.state[position] not in _HELD or segment.readers[position] == 255:
+            return False
+        segment.readers[position] += 1
+        segment.state[position] = TOUCHED
+        segment.used_at = self._clock
+        return True
+
+    def unpin(self, slot: int) -> None:
+        segment, position = self._of(slot)
+        segment.readers[position] -= 1
+        if not segment.readers[position] and segment.state[position] == DOOMED:
+            self._set_free(slot, segment, position)
+
+    def touch(self, slot: int) -> None:
+        """Somebody cares for this page."""
+        segment, position = self._of(slot)
+        if segment.state[position] == USED:
+            segment.state[position] = TOUCHED
+
+    def victims(self, slot_bytes: int, count: int) -> list[int]:
+        """Up to `count` pages of the class that leave next, now LEAVING."""
+        found: list[int] = []
+        of_class = self._classes.get(slot_bytes)
+        if of_class is None:
+            return found
+        for _ in range(2 * len(of_class.segments) + 1):  # once round to take chances away, once more to use that
+            number = of_class.segments[of_class.at]
+            segment = self._segment(number)
+            while len(found) < count:
+                position = segment.state.find(USED, of_class.position)
+                passed = slice(of_class.position, position if position >= 0 else None)
+                segment.state[passed] = segment.state[passed].translate(_SPARED)
+                if position < 0:
+                    break
+                of_class.position = position + 1
+                if not segment.readers[position]:
+                    segment.state[position] = LEAVING
+                    found.append(number << POSITION_BITS | position)
+            if len(found) == count:
+                break
+            of_class.position, of_class.at = 0, (of_class.at + 1) % len(of_class.segments)
+            if of_class.at == 0:
+                of_class.since = self._clock
+        return found
+
+    def name(self, slot: int) -> Name:
+        segment, position = self._of(slot)
+        return bytes(segment.names[position])
+
+    def restore(self, slots: Numbers, names: Names) -> None:
+        """Pages that were there before, each in a free slot of its own; `slots` ascend."""
+        numbers = slots >> POSITION_BITS
+        bounds = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(slots)]
+        for first, end in pairwise(bounds):
+            number = int(numbers[first])
+            segment = self._segment(number)
+            positions = slots[first:end] & _POSITION
+            np.frombuffer(segment.state, np.uint8)[positions] = USED
+            segment.names[positions] = names[first:end]
+            segment.free -= end - first
+            if not segment.free:
+                self._classes[segment.slot_bytes].roomy.discard(number)
+
+    # -- what there is -------------------------------------------------------------------------------------
+
+    def segments(self) -> Sequence[Segment | None]:
+        return self._segments
+
+    @property
+    def used_bytes(self) -> int:
+        return sum((len(s.state) - s.free) * s.slot_bytes for s in self._segments if s is not None)
+
+    def faults(self, owned: set[int]) -> list[str]:
+        """Broken invariants, in words, while nothing is in flight. `owned`: the slots that the catalog knows."""
+        found: list[str] = []
+        held: set[int] = set()
+        for number, segment in enumerate(self._segments):
+            if segment is None:
+                continue
+            held |= {number << POSITION_BITS | at for at, state in enumerate(segment.state) if state in _HELD}
+            if segment.free != segment.state.count(FREE):
+                found.append(f"segment {number} counts {segment.free} free slots")
+            if (number in self._classes[segment.slot_bytes].roomy) != bool(segment.free):
+                found.append(f"segment {number} is {'' if segment.free else 'not '}roomy")
+            if segment.in_flight:
+                found.append(f"segment {number} has slots in flight")
+        found += [f"slot {slot:#x} is held and in no record" for slot in held - owned]
+        found += [f"slot {slot:#x} is in a record and not held" for slot in owned - held]
+        return found
+
+    def _set_free(self, slot: int, segment: Segment, position: int) -> None:
+        segment.state[position] = FREE
+        segment.free += 1
+        self._classes[segment.slot_bytes].roomy.add(slot >> POSITION_BITS)
+
+    def _of(self, slot: int) -> tuple[Segment, int]:
+        return self._segment(slot >> POSITION_BITS), slot & _POSITION
+
+    def _segment(self, number: int) -> Segment:
+        segment = self._segments[number]
+        assert segment is not None, "a segment of no class"
+        return segment

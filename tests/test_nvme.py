@@ -1,0 +1,500 @@
+"""The NVMe tier: the contract of all tiers, then what disks do to files, and what only this tier promises."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import lmdb
+import pytest
+import xxhash
+
+from kvd.storage import failpoints
+from kvd.storage.catalog import HEAD_BYTES, META, Record, pack, unpack
+from kvd.storage.nvme import STRIKES, NvmeTier
+from kvd.storage.tier import Tier, TierError
+from tests.tier_contract import Sample, TierContract, get, held, put, sample, tier_machine
+
+MIB = 1 << 20
+SEGMENT = MIB
+LENGTH = 60_000  # 16 pages of 61440 bytes fit a segment of 1 MiB beside its header
+
+
+def opened(folder: Path, size_bytes: int = 8 * MIB) -> NvmeTier:
+    return NvmeTier(folder, size_bytes, SEGMENT)
+
+
+class TestNvme(TierContract):
+    def open(self, folder: Path) -> Tier:
+        return NvmeTier(folder, 32 * MIB, 2 * MIB)
+
+
+TestNvmeMachine = tier_machine(lambda folder: NvmeTier(folder, 12 * MIB, 2 * MIB), examples=8).TestCase
+TestNvmeMachineLong = pytest.mark.timeout(1800)(
+    pytest.mark.slow(tier_machine(lambda folder: NvmeTier(folder, 12 * MIB, 2 * MIB), 400).TestCase)
+)
+
+
+@pytest.fixture(autouse=True)
+def disarmed() -> Iterator[None]:
+    yield
+    failpoints.arm("")
+
+
+@contextmanager
+def reopened(folder: Path, size_bytes: int = 8 * MIB) -> Iterator[NvmeTier]:
+    """The tier, with its invariants checked at the end."""
+    tier = opened(folder, size_bytes)
+    try:
+        yield tier
+        assert not tier.faults()
+    finally:
+        tier.close()
+
+
+def fill(folder: Path, count: int = 60) -> list[Sample]:
+    """Pages over four segments."""
+    samples = [sample(n, LENGTH) for n in range(count)]
+    with reopened(folder) as tier:
+        assert all(put(tier, *samples))
+    return samples
+
+
+def segment(folder: Path, number: int) -> Path:
+    return folder / f"segment-{number:05d}.kvd"
+
+
+def absent_or_right(tier: NvmeTier, samples: list[Sample]) -> list[bool]:
+    """Which pages are there. What find says is what get brings, and names and usage agree."""
+    got = get(tier, *samples)
+    assert all(found in (None, want) for found, want in zip(got, samples, strict=True))
+    there = [found is not None for found in got]
+    names = [want.page.name for want in samples]
+    assert [page is not None for page in tier.find(names)] == there
+    assert held(tier) == {name for name, is_there in zip(names, there, strict=True) if is_there}
+    assert tier.usage().pages == sum(there)
+    return there
+
+
+# -- formats -----------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_on_the_disk_are_as_drawn(tmp_path: Path) -> None:
+    what = sample(7, 5000, 2)
+    with reopened(tmp_path) as tier:
+        put(tier, what)
+    raw = segment(tmp_path, 0).read_bytes()
+    assert len(raw) == SEGMENT
+    assert raw[:8] == b"KVDSEGMT"
+    assert (raw[8:12], raw[12:16]) == ((1).to_bytes(4, "little"), bytes(4))
+    assert (raw[32:40], raw[40:44]) == ((16384).to_bytes(8, "little"), (63).to_bytes(4, "little"))
+    assert raw[48:56] == xxhash.xxh3_64_intdigest(raw[:48]).to_bytes(8, "little")
+    assert raw[4096 : 4096 + 5000] == what.data[0]
+    assert raw[4096 + 8192 : 4096 + 8192 + 5000] == what.data[1]
+    with catalog(tmp_path) as (reading, pages, meta):
+        value, form = reading.get(what.page.name, db=pages), reading.get(b"format", db=meta)
+    assert form[:12] == b"KVDNVME\0" + (1).to_bytes(4, "little")
+    assert form[16:32] == raw[16:32], "segments carry the catalog's uuid"
+    assert value[:8] == bytes(8), "segment 0, position 0"
+    assert value[8:16] == (5000).to_bytes(4, "little") + (16).to_bytes(4, "little")
+    assert (value[24:26], value[32:64]) == ((2).to_bytes(2, "little"), what.page.parent)
+    assert value[64:72] == xxhash.xxh3_64_intdigest(what.page.name + value[:64] + value[72:]).to_bytes(8, "little")
+    assert value[72:] == b"".join(what.page.checksums)
+
+
+def test_a_record_with_any_byte_changed_is_not_taken_for_one() -> None:
+    page = sample(3, 5000, 3).page
+    value = pack(Record(5 << 20 | 7, 99, page))
+    assert unpack(page.name, value) == Record(5 << 20 | 7, 99, page)
+    for at in range(len(value)):
+        assert unpack(page.name, value[:at] + bytes([value[at] ^ 1 << at % 8]) + value[at + 1 :]) is None
+    for length in range(len(value)):
+        assert unpack(page.name, value[:length]) is None
+    assert unpack(sample(4).page.name, value) is None
+
+
+# -- damage ------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_noticed_counted_and_said(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    with segment(tmp_path, 1).open("r+b") as file:
+        file.seek(4096 + 2 * 61440 + 59_999)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([last ^ 0x40]))
+    with reopened(tmp_path) as tier:
+        there = absent_or_right_after_first_read(tier, samples)
+        assert there.count(False) == 1
+        assert tier.counters["damaged"] == 1
+        assert tier.news().left == [s.page.name for s, is_there in zip(samples, there, strict=True) if not is_there]
+        lost = samples[there.index(False)]
+        assert put(tier, lost) == [True]
+        assert get(tier, lost) == [lost]
+
+
+def absent_or_right_after_first_read(tier: NvmeTier, samples: list[Sample]) -> list[bool]:
+    """Damage is found by reading, so names and find are right after that."""
+    get(tier, *samples)
+    return absent_or_right(tier, samples)
+
+
+def test_what_is_beyond_a_pages_length_is_nobodys(tmp_path: Path) -> None:
+    samples = fill(tmp_path, 1)
+    with segment(tmp_path, 0).open("r+b") as file:
+        file.seek(4096 + LENGTH)
+        file.write(b"\xff" * (61440 - LENGTH))
+    with reopened(tmp_path) as tier:
+        assert absent_or_right(tier, samples) == [True]
+
+
+@pytest.mark.parametrize("kept", [0, 100, 4096, 4096 + 61440 * 3 + 5, SEGMENT - 1])
+def test_a_truncated_segment_loses_its_pages_only(tmp_path: Path, kept: int) -> None:
+    samples = fill(tmp_path)
+    os.truncate(segment(tmp_path, 2), kept)
+    with reopened(tmp_path) as tier:
+        there = absent_or_right(tier, samples)
+        assert 40 <= sum(there) < 60
+        assert tier.counters["dropped_at_open"] == 60 - sum(there)
+        assert len(tier.news().left) == 60 - sum(there)
+        assert all(put(tier, *samples))
+        assert all(absent_or_right(tier, samples))
+
+
+def test_a_segment_truncated_while_open_gives_misses(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    with reopened(tmp_path) as tier:
+        os.truncate(segment(tmp_path, 0), 4096)
+        there = absent_or_right_after_first_read(tier, samples)
+        assert 40 <= sum(there) < 60
+        assert tier.counters["damaged"] == 60 - sum(there)
+
+
+@pytest.mark.parametrize("start", [0, 4096])
+def test_a_zeroed_segment_loses_its_pages_only(tmp_path: Path, start: int) -> None:
+    samples = fill(tmp_path)
+    with segment(tmp_path, 1).open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(SEGMENT - start))
+    with reopened(tmp_path) as tier:
+        assert 40 <= sum(absent_or_right_after_first_read(tier, samples)) < 60
+
+
+def test_swapped_and_foreign_segments_are_noticed(tmp_path: Path) -> None:
+    samples = fill(tmp_path / "ours")
+    fill(tmp_path / "other")
+    zero, one = segment(tmp_path / "ours", 0), segment(tmp_path / "ours", 1)
+    zero.rename(tmp_path / "aside")
+    one.rename(zero)
+    (tmp_path / "aside").rename(one)
+    shutil.copy(segment(tmp_path / "other", 2), segment(tmp_path / "ours", 2))
+    with reopened(tmp_path / "ours") as tier:
+        there = absent_or_right(tier, samples)
+        assert 0 < sum(there) < 20, "what was in segment 3"
+        assert all(put(tier, *samples))
+
+
+def test_a_missing_segment_loses_its_pages_only(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    segment(tmp_path, 0).unlink()
+    with reopened(tmp_path) as tier:
+        assert 40 <= sum(absent_or_right(tier, samples)) < 60
+
+
+def test_segments_without_their_catalog_are_used_anew(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    shutil.rmtree(tmp_path / "catalog")
+    with reopened(tmp_path) as tier:
+        assert not any(absent_or_right(tier, samples))
+        assert all(put(tier, *samples))
+        assert all(absent_or_right(tier, samples))
+
+
+def test_damaged_records_cost_their_pages_and_never_mix_others(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    rng = random.Random(5)
+    with catalog(tmp_path, write=True) as (writing, pages, _):
+        for what in samples[:40]:
+            value = bytearray(writing.get(what.page.name, db=pages))
+            value[rng.randrange(len(value))] ^= 1 << rng.randrange(8)
+            writing.put(what.page.name, bytes(value), db=pages)
+        writing.put(samples[40].page.name, b"short", db=pages)
+        writing.put(samples[41].page.name, bytes(HEAD_BYTES + 16), db=pages)
+        writing.put(samples[42].page.name, writing.get(samples[43].page.name, db=pages), db=pages)
+        writing.put(b"no name", b"x" * 100, db=pages)
+    tier = opened(tmp_path)
+    get(tier, *samples)
+    tier.close()  # a slot whose record was damaged is free again only now
+    with reopened(tmp_path) as tier:
+        there = absent_or_right(tier, samples)
+        assert sum(there[44:]) >= 14, "where two claim a slot both go"
+        assert sum(there) <= 17
+        assert all(put(tier, *samples))
+        assert all(absent_or_right(tier, samples))
+
+
+@contextmanager
+def catalog(folder: Path, write: bool = False) -> Iterator[tuple[lmdb.Transaction, object, object]]:
+    env = lmdb.open(str(folder / "catalog"), map_size=1 << 30, max_dbs=2)
+    try:
+        pages, meta = env.open_db(b"pages"), env.open_db(b"meta")
+        with env.begin(write=write) as transaction:
+            yield transaction, pages, meta
+    finally:
+        env.close()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, match: str, size_bytes: int = 8 * MIB, segment_bytes: int = SEGMENT) -> None:
+    with pytest.raises(TierError, match=match) as caught:
+        NvmeTier(folder, size_bytes, segment_bytes)
+    assert caught.value.hint
+
+
+def test_another_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        refused(tmp_path, "in use by another process")
+        assert put(tier, sample(1)) == [True]
+    with reopened(tmp_path) as tier:
+        assert get(tier, sample(1)) == [sample(1)]
+
+
+def test_another_format_or_geometry_is_refused_with_its_remedy(tmp_path: Path) -> None:
+    samples = fill(tmp_path, 3)
+    refused(tmp_path, "segments of 1048576 bytes, not 2097152", segment_bytes=2 * MIB)
+    with catalog(tmp_path, write=True) as (writing, _, meta):
+        good = writing.get(b"format", db=meta)
+        writing.put(b"format", good[:8] + (9).to_bytes(4, "little") + good[12:] + b"more", db=meta)
+    refused(tmp_path, "has format 9, this kvd knows 1")
+    with catalog(tmp_path, write=True) as (writing, _, meta):
+        writing.put(b"format", bytes(META.size), db=meta)
+    refused(tmp_path, "not a folder of kvd")
+    with catalog(tmp_path, write=True) as (writing, _, meta):
+        writing.put(b"format", good, db=meta)
+    with reopened(tmp_path) as tier:
+        assert all(absent_or_right(tier, samples))
+
+
+def test_what_is_no_catalog_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "catalog").mkdir()
+    (tmp_path / "catalog" / "data.mdb").write_bytes(b"hello" * 5000)
+    refused(tmp_path, "cannot open the catalog")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "cannot use")
+    refused(tmp_path, "hold no segment", size_bytes=SEGMENT - 1)
+
+
+def test_a_closed_tier_says_so(tmp_path: Path) -> None:
+    tier = opened(tmp_path)
+    tier.close()
+    for call in (tier.usage, tier.news, lambda: tier.put([]), lambda: tier.get([]), lambda: list(tier.names())):
+        with pytest.raises(TierError, match="closed"):
+            call()
+
+
+# -- room --------------------------------------------------------------------------------------------------
+
+
+def test_a_tier_made_smaller_keeps_what_fits_and_one_made_larger_keeps_all(tmp_path: Path) -> None:
+    samples = fill(tmp_path)
+    with reopened(tmp_path, 2 * MIB) as tier:
+        there = absent_or_right(tier, samples)
+        assert 30 <= sum(there) <= 34
+        assert len(tier.news().left) == 60 - sum(there)
+        assert tier.usage().bytes_total == 2 * MIB
+    assert not segment(tmp_path, 2).exists()
+    with reopened(tmp_path, 16 * MIB) as tier:
+        assert absent_or_right(tier, samples) == there
+        assert all(put(tier, *samples))
+        assert all(absent_or_right(tier, samples))
+
+
+def test_when_no_segment_can_be_made_the_tier_works_with_those_it_has(tmp_path: Path) -> None:
+    samples = [sample(n, LENGTH) for n in range(64)]
+    with reopened(tmp_path) as tier:
+        assert all(put(tier, *samples[:20]))
+        failpoints.arm("segments.create.after_allocate:1+:enospc")
+        for at in range(20, 64, 4):
+            assert all(put(tier, *samples[at : at + 4]))
+        assert tier.counters["disk_full"] == 1, "not asked again at once"
+        assert not segment(tmp_path, 2).exists()
+        assert tier.usage().bytes_total == 2 * MIB
+        left = set(tier.news().left)
+        assert [s.page.name not in left for s in samples] == absent_or_right(tier, samples)
+    failpoints.arm("")
+    with reopened(tmp_path) as tier:
+        assert all(put(tier, *samples))
+        assert tier.usage().bytes_total == 8 * MIB
+
+
+def test_a_disk_that_was_full_from_the_start_stores_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    failpoints.arm("segments.create.after_open:1+:enospc")
+    with reopened(tmp_path) as tier:
+        assert put(tier, sample(1), sample(2)) == [False, False]
+        assert get(tier, sample(1)) == [None]
+        assert tier.counters["no_room"] == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+def test_a_really_full_disk_costs_capacity_only(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        samples = [sample(n, LENGTH) for n in range(200)]
+        said = set()
+        with reopened(tmp_path / "tier", 64 * MIB) as tier:
+            stored = [s for at in range(0, 200, 5) for s in _stored(tier, samples[at : at + 5])]
+            said |= set(tier.news().left)
+            assert tier.counters["disk_full"] >= 1
+            assert len(stored) > 30
+            assert all(get(tier, s) == [s] for s in stored if s.page.name not in said)
+            assert held(tier) == {s.page.name for s in stored} - said
+        with reopened(tmp_path / "tier", 64 * MIB) as tier:
+            assert all(get(tier, s) == [s] for s in stored if s.page.name not in said)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def _stored(tier: NvmeTier, samples: list[Sample]) -> list[Sample]:
+    return [what for what, ok in zip(samples, put(tier, *samples), strict=True) if ok]
+
+
+def test_a_page_larger_than_a_segment_is_not_wanted(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        assert put(tier, sample(1, SEGMENT - 4095), sample(2, SEGMENT - 4096)) == [False, True]
+        assert get(tier, sample(2, SEGMENT - 4096)) == [sample(2, SEGMENT - 4096)]
+
+
+def test_other_sizes_under_a_held_name_replace_it(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        for length, shards in ((5000, 1), (9000, 1), (9000, 3), (100, 2)):
+            what = sample(1, length, shards)
+            assert put(tier, what, sample(2)) == [True, True]
+            assert get(tier, what) == [what]
+            assert tier.usage().pages == 2
+            assert not tier.faults()
+        assert tier.news() == ([], [])
+
+
+def test_what_was_read_lately_stays_longer(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        loved = [sample(n, LENGTH) for n in range(8)]
+        put(tier, *loved)
+        for at in range(100, 200, 4):
+            assert get(tier, *loved) == loved
+            assert all(put(tier, *[sample(n, LENGTH) for n in range(at, at + 4)]))
+        assert not {s.page.name for s in loved} & set(tier.news().left)
+
+
+def test_room_goes_to_the_size_that_is_written_now(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        old = [sample(n, LENGTH) for n in range(120)]
+        for at in range(0, 120, 8):
+            put(tier, *old[at : at + 8])
+        new = [sample(n, 120_000) for n in range(200, 260)]
+        for at in range(0, 60, 4):
+            assert all(put(tier, *new[at : at + 4]))
+        assert sum(page is not None for page in tier.find([s.page.name for s in new])) > 40
+        assert all(put(tier, *old[:8])), "and back"
+        left = set(tier.news().left)
+        assert held(tier) == {s.page.name for s in old + new} - left | {s.page.name for s in old[:8]}
+
+
+def test_a_full_tier_stores_a_batch_with_one_commit(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        batches = iter([sample(n, LENGTH) for n in range(at, at + 4)] for at in range(0, 1000, 4))
+        while not tier.news().left:
+            put(tier, *next(batches))
+        before = tier._catalog._env.info()["last_txnid"]
+        for _ in range(20):
+            assert all(put(tier, *next(batches)))
+        assert tier._catalog._env.info()["last_txnid"] - before == 20
+        assert tier.counters["evicted"] >= 80
+
+
+# -- disks that fail ---------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_costs_its_page_only(tmp_path: Path) -> None:
+    samples = [sample(n, LENGTH) for n in range(6)]
+    with reopened(tmp_path) as tier:
+        failpoints.arm("segments.write:3:eio")
+        assert sorted(put(tier, *samples)) == [False] + [True] * 5
+        assert tier.counters["write_error"] == 1
+        assert put(tier, *samples) == [True] * 6
+        assert all(absent_or_right(tier, samples))
+
+
+def test_a_barrier_that_fails_acknowledges_nothing(tmp_path: Path) -> None:
+    samples = [sample(n, LENGTH) for n in range(6)]
+    with reopened(tmp_path) as tier:
+        failpoints.arm("segments.sync:1:eio")
+        assert put(tier, *samples) == [False] * 6
+        assert not any(absent_or_right(tier, samples))
+
+
+def test_a_read_that_fails_is_a_miss_and_not_the_end_of_the_page(tmp_path: Path) -> None:
+    samples = fill(tmp_path, 6)
+    with reopened(tmp_path) as tier:
+        failpoints.arm("segments.read:2:eio")
+        assert get(tier, *samples).count(None) == 1
+        assert (tier.counters["read_error"], tier.counters["damaged"]) == (1, 0)
+        assert get(tier, *samples) == samples
+
+
+def test_a_disk_that_keeps_failing_takes_the_tier_down_until_it_works(tmp_path: Path) -> None:
+    samples = fill(tmp_path, 6)
+    with reopened(tmp_path) as tier:
+        failpoints.arm("segments.read:1+:eio")
+        for _ in range(STRIKES - 1):
+            assert get(tier, samples[0]) == [None]
+        with pytest.raises(TierError, match="failed in 5 calls"):
+            get(tier, samples[0])
+        failpoints.arm("")
+        assert get(tier, *samples) == samples
+        assert not tier._strikes
+
+
+@pytest.mark.parametrize("fault", ["eio", "enospc"])
+def test_no_step_that_fails_raises_what_is_no_tier_error_or_loses_a_page(tmp_path: Path, fault: str) -> None:
+    """The first time of each step fails, in a tier that evicts and removes; then it is opened again."""
+    for name in failpoint_names():
+        folder = tmp_path / name
+        stored: set[Sample] = set()
+        failpoints.arm(f"{name}:1:{fault}")
+        with suppress(TierError), closing(opened(folder, 2 * MIB)) as tier:
+            _exercise(tier, stored)
+        failpoints.arm("")
+        with reopened(folder, 2 * MIB) as tier:
+            assert all(get(tier, what)[0] in (None, what) for what in stored)
+            assert put(tier, sample(999, LENGTH)) == [True]
+
+
+def _exercise(tier: NvmeTier, stored: set[Sample]) -> None:
+    """Whenever the tier answers, what it holds is what it said it held, less what it said has left."""
+    there = {name for piece in tier.names() for name in piece}
+    tier.news()
+    for at in range(0, 48, 6):
+        batch = [sample(n, LENGTH) for n in range(at, at + 6)]
+        answers = put(tier, *batch)
+        stored |= set(batch)
+        there |= {what.page.name for what, ok in zip(batch, answers, strict=True) if ok}
+        tier.remove([batch[0].page.name])
+        there.discard(batch[0].page.name)
+        get(tier, *batch)
+        there -= set(tier.news().left)
+        assert held(tier) == there
+
+
+def failpoint_names() -> list[str]:
+    """All of this tier's, from the sources."""
+    folder = Path(__file__).parents[1] / "storage"
+    sources = [(folder / f"{module}.py").read_text() for module in ("catalog", "segments", "nvme")]
+    return sorted({name for source in sources for name in re.findall(r'\breach\("([^"]+)"\)', source)})
