@@ -15,6 +15,7 @@ from kvd.index import LOWER, Match, Name
 from kvd.sidecar.config import PluginConfig
 from kvd.sidecar.copier import Copier, Move
 from kvd.sidecar.pool import PageSource
+from kvd.sidecar.prefill import PrefillRate
 from kvd.sidecar.session import Attachment, Session
 
 _MARGIN_S = 1.0  # a lease outlives the deadline of the call that uses it
@@ -37,6 +38,7 @@ class Shelf:
         self._copier = copier
         self._config = config
         self._counters = counters
+        self._prefill = PrefillRate()
         self._promises: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # deepest key -> lease table rows
 
     def _attached(self) -> Attachment | None:
@@ -56,11 +58,14 @@ class Shelf:
         if attachment is None or not keys:
             return 0
         match = attachment.index.leading(self._name, keys)
+        pages = match.pages
         if match.lower:
-            return self._fetch(attachment, keys[: match.pages])
-        if match.pages and not self._promise(attachment, keys[match.pages - 1], match):
-            return self._ask(attachment, keys[: match.pages], self._config.exists_timeout_s)
-        return match.pages
+            pages = self._fetch(attachment, keys[:pages])
+        elif pages and not self._promise(attachment, keys[pages - 1], match):
+            pages = self._ask(attachment, keys[:pages], self._config.exists_timeout_s)
+        if pages < len(keys):
+            self._prefill.missed(keys[pages], len(keys) - pages, time.monotonic())
+        return pages
 
     def has_each(self, keys: Sequence[str]) -> list[bool]:
         """Which single pages are held; they stay for `promise_s`. For pools whose pages do not form a chain."""
@@ -116,8 +121,10 @@ class Shelf:
         attachment = self._attached()
         if attachment is None:
             return False
-        deadline = time.monotonic() + self._config.get_timeout_s
-        ttl_s = self._config.get_timeout_s + _MARGIN_S
+        now = time.monotonic()
+        self._prefill.computed(keys[0], self.spec.page_tokens, now)
+        self._counters["prefill_tokens_per_s"] = int(self._prefill.tokens_per_s)
+        deadline, ttl_s = now + self._config.get_timeout_s, self._config.get_timeout_s + _MARGIN_S
         joined, parent_key = _join(keys), bytes.fromhex(parent) if parent else b""
         with attachment.channels.lend() as channel:
             reserved = channel.ask(

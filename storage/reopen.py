@@ -5,7 +5,8 @@ A record is void when its segment is not there or of another class, when its pos
 when another record claims the same slot (of two such, one is damaged, and which one is not known here).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -13,55 +14,72 @@ import numpy.typing as npt
 
 from kvd.storage.catalog import Heads
 from kvd.storage.segments import ALIGN
-from kvd.storage.slots import POSITION_BITS, Names, Numbers, Slots
+from kvd.storage.slots import FREE, POSITION_BITS, USED, Numbers, Slots
 from kvd.storage.tier import NAME_BYTES, Name
 
 
-class There(NamedTuple):
-    """What a tier begins with."""
+class Taken(NamedTuple):
+    """What is not in the slots."""
 
-    slots: Numbers  # ascending
-    names: Names  # of the same order
     void: list[Name]
     sequence: int  # the highest
 
 
-def taken_over(pieces: Iterable[Heads], slots: Slots) -> There:
-    """`slots` knows the segments that are there, and no page yet."""
-    segments = slots.segments()
-    classes = np.array([segment.slot_bytes if segment else 0 for segment in segments], np.int64)
-    counts = np.array([len(segment.state) if segment else 0 for segment in segments], np.int64)
-    places, names = [np.zeros(0, np.int64)], [np.zeros(0, f"V{NAME_BYTES}")]
+class Shape(NamedTuple):
+    """The segments, as arrays by their number."""
+
+    classes: Numbers  # bytes of a slot, 0: of no class
+    slots: Numbers
+    starts: Numbers  # where a segment's slots begin among all
+
+    @classmethod
+    def of(cls, slots: Slots) -> "Shape":
+        segments = slots.segments()
+        counts = np.array([len(segment.state) if segment else 0 for segment in segments], np.int64)
+        classes = np.array([segment.slot_bytes if segment else 0 for segment in segments], np.int64)
+        return cls(classes, counts, np.cumsum(counts) - counts)
+
+
+def take_over(pieces: Callable[[], Iterable[Heads]], slots: Slots) -> Taken:
+    """Fill `slots`, which know the segments that are there and no page yet. A second pass where two claim a slot."""
+    shape = Shape.of(slots)
+    total = int(shape.slots.sum())
+    state, owner, names = np.full(total, FREE, np.uint8), np.zeros(total, np.int32), np.zeros(total, f"V{NAME_BYTES}")
     void: list[Name] = []
+    claimed = [np.zeros(0, np.int64)]
     sequence = 0
-    for piece in pieces:
-        good = _plausible(piece.heads, classes, counts)
-        places.append(piece.heads["slot"][good].astype(np.int64))
-        names.append(piece.names[good])
+    for piece in _gathered(pieces()):
+        good, at = _places(piece.heads, shape)
         void += [name.tobytes() for name in piece.names[~good]] + piece.odd
         sequence = max(sequence, int(piece.heads["sequence"][good].max(initial=0)))
-    return _alone(np.concatenate(places), np.concatenate(names), void, sequence)
+        mine = np.arange(len(at), dtype=np.int32)
+        owner[at] = mine
+        claimed.append(at[(state[at] != FREE) | (owner[at] != mine)])
+        state[at], names[at] = USED, piece.names if good.all() else piece.names[good]
+    twice = np.concatenate(claimed)
+    if len(twice):
+        state[twice] = FREE
+        for piece in pieces():
+            good, at = _places(piece.heads, shape)
+            void += [name.tobytes() for name in piece.names[good][np.isin(at, twice)]]
+    slots.restore(state, names, shape.starts.tolist())
+    return Taken(void, sequence)
 
 
-def _plausible(heads: npt.NDArray[np.void], classes: Numbers, counts: Numbers) -> npt.NDArray[np.bool_]:
+def _gathered(pieces: Iterable[Heads]) -> Iterator[Heads]:
+    """Larger pieces: numpy's calls have a price each."""
+    rest = iter(pieces)
+    while some := list(islice(rest, 64)):
+        names, heads = np.concatenate([piece.names for piece in some]), np.concatenate([piece.heads for piece in some])
+        yield Heads(names, heads, [name for piece in some for name in piece.odd])
+
+
+def _places(heads: npt.NDArray[np.void], shape: Shape) -> tuple[npt.NDArray[np.bool_], Numbers]:
+    """Which records can be, and where among all slots those are."""
     number = heads["slot"] >> POSITION_BITS
-    known = number < len(classes)
+    known = number < len(shape.classes)
     number = np.where(known, number, 0).astype(np.int64)
     position = (heads["slot"] & (1 << POSITION_BITS) - 1).astype(np.int64)
-    length = heads["length"].astype(np.int64)
-    slot_bytes = -(-length // ALIGN) * ALIGN * heads["shards"]
-    good: npt.NDArray[np.bool_] = (
-        known & (slot_bytes > 0) & (slot_bytes == classes[number]) & (position < counts[number])
-    )
-    return good
-
-
-def _alone(places: Numbers, names: Names, void: list[Name], sequence: int) -> There:
-    order = np.argsort(places)
-    places, names = places[order], names[order]
-    same = np.diff(places) == 0
-    twice = np.concatenate([[False], same]) | np.concatenate([same, [False]]) if len(places) else same
-    if twice.any():
-        void = void + [name.tobytes() for name in names[twice]]
-        places, names = places[~twice], names[~twice]
-    return There(places, names, void, sequence)
+    slot_bytes = -(-heads["length"].astype(np.int64) // ALIGN) * ALIGN * heads["shards"]
+    good = known & (slot_bytes > 0) & (slot_bytes == shape.classes[number]) & (position < shape.slots[number])
+    return good, (shape.starts[number] + position)[good]

@@ -13,7 +13,6 @@ segment that nobody used since the hand of the class in need last came round, fo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -234,19 +233,16 @@ class Slots:
         segment, position = self._of(slot)
         return bytes(segment.names[position])
 
-    def restore(self, slots: Numbers, names: Names) -> None:
-        """Pages that were there before, each in a free slot of its own; `slots` ascend."""
-        numbers = slots >> POSITION_BITS
-        bounds = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(slots)]
-        for first, end in pairwise(bounds):
-            number = int(numbers[first])
-            segment = self._segment(number)
-            positions = slots[first:end] & _POSITION
-            np.frombuffer(segment.state, np.uint8)[positions] = USED
-            segment.names[positions] = names[first:end]
-            segment.free -= end - first
-            if not segment.free:
-                self._classes[segment.slot_bytes].roomy.discard(number)
+    def restore(self, state: npt.NDArray[np.uint8], names: Names, starts: Sequence[int]) -> None:
+        """All slots as they were left: their states, FREE or USED, and names, segment after segment."""
+        for number, (segment, start) in enumerate(zip(self._segments, starts, strict=True)):
+            if segment is not None:
+                part = slice(start, start + len(segment.state))
+                segment.state[:] = state[part].tobytes()
+                segment.names[:] = names[part]
+                segment.free = segment.state.count(FREE)
+                if not segment.free:
+                    self._classes[segment.slot_bytes].roomy.discard(number)
 
     # -- what there is -------------------------------------------------------------------------------------
 

@@ -81,9 +81,7 @@ class Below:
         """Read pages into the arena. `done` may be called at once."""
         self._request += 1
         self._loads[self._request] = (len(wanted), done)
-        self._send(
-            tierwire.Load(self._request, length, b"".join(name for name, _ in wanted), [o for _, o in wanted])
-        )
+        self._send(tierwire.Load(self._request, length, b"".join(name for name, _ in wanted), [o for _, o in wanted]))
 
     def store(self, pages: Sequence[tuple[Page, list[int]]], done: Stored) -> None:
         """Write pages from the arena. `done` may be called at once."""

@@ -71,13 +71,23 @@ class Node:
             groups.append(group)
         found = tuple(group for group in groups if group is not None)
         self.leases.promise(session.id, found, now + ttl_s)  # before a fetch makes room
-        pages = len(groups)
-        for position, group in enumerate(groups):
+        pages = self._worth(session, spec, groups, now)
+        for position, group in enumerate(groups[:pages]):
             if group is None and not self.promotion.fetch(session.id, spec, keys[position], now + ttl_s, now):
                 pages = position
                 break
         self.promotion.send()
         return wire.Found(request.request, pages)
+
+    def _worth(self, session: Session, spec: wire.NamespaceSpec, groups: list[Group | None], now: float) -> int:
+        """How many leading pages to give, when those that are not in RAM (None) have to be fetched first."""
+        below = [position for position, group in enumerate(groups) if group is None]
+        if not below:
+            return len(groups)
+        rate = float(session.counters.get("prefill_tokens_per_s", 0))
+        decision = self.promotion.gate.decide(len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
+        self.counters["gate_refused_pages"] += len(below) - decision.pages
+        return below[decision.pages] if decision.pages < len(below) else len(groups)
 
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from kvd import wire
+from kvd.daemon.gate import Gate
 from kvd.daemon.stock import Stock
 from kvd.index import LOWER
 from kvd.storage.arena import slot_bytes_for
@@ -41,6 +42,10 @@ class Fetch:
     slots: tuple[int, ...]
     askers: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        return self.spec.page_bytes * len(self.slots)
+
 
 @dataclass(slots=True, eq=False)
 class Waiter:
@@ -63,6 +68,7 @@ class Promotion:
         self._leases = stock.leases
         self._residency = stock.residency
         self._counters = stock.counters
+        self.gate = Gate()
         self._fetches: dict[Name, Fetch] = {}
         self._unsent: list[Fetch] = []
         self._waiters: list[Waiter] = []
@@ -104,10 +110,13 @@ class Promotion:
             batch = unsent[at : at + _AT_ONCE]
             wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
             assert self.source is not None, "`fetch` saw it"
+            self.gate.disk.begun(sum(f.size for f in batch), self.clock())
             self.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, batch))
 
     def _arrived(self, batch: list[Fetch], pages: list[Page | None], _: float) -> None:
         now = self.clock()
+        came = sum(fetch.size for fetch, page in zip(batch, pages, strict=True) if page is not None)
+        self.gate.disk.ended(sum(fetch.size for fetch in batch), came, now)
         for fetch, page in zip(batch, pages, strict=True):
             name = fetch.spec.digest + fetch.key
             del self._fetches[name]
