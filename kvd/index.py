@@ -6,9 +6,9 @@ Little-endian, native 64-bit words:
     entry  (32 bytes)  [name_hi u64][name_lo u64][place u64][depth u64]
 
 `name` is (page key XOR namespace), first 16 bytes. name_hi 0 is an entry never used, 1 one that was withdrawn.
-`place` is the page group's (id << 32 | generation): what a lease names; LOWER for a page that is not in RAM but in a
-tier below: kvd must be asked for it, and begins to fetch it then. `depth` counts the ancestors that are certain to be
-resident together with this page: eviction is leaf first, so they outlive it.
+`place` is the page group's (id << 32 | generation): what a lease names. For a page that is not in RAM it is LOWER and
+a bit for each tier below that has it: kvd must be asked, and begins to fetch it then. `depth` counts ancestors that
+are certain to be resident together with this page: eviction is leaf first, so they outlive it.
 
 One writer. name_hi is stored last on publish and cleared first on withdraw, each one aligned 8-byte store, and a
 reader looks at it again after reading the rest. A reader may therefore miss a page that is just coming or
@@ -25,6 +25,7 @@ ENTRY_WORDS: Final = 4
 WITHDRAWN: Final = 1
 LOWER: Final = 1 << 63
 _MAX_PROBES: Final = 128
+_WORD: Final = (1 << 64) - 1
 _STRIDE: Final = 2654435769  # odd, so that the hand visits every entry
 
 
@@ -47,7 +48,7 @@ class Match(NamedTuple):
     @property
     def lower(self) -> bool:
         """Some of them are not in RAM."""
-        return LOWER in self.tips
+        return any(tip & LOWER for tip in self.tips)
 
 
 class Name(NamedTuple):
@@ -175,14 +176,14 @@ class IndexWriter:
             at = free
             self._entries += 1
         else:
-            self.lower -= self._words[at + 2] == LOWER
+            self.lower -= self._words[at + 2] >= LOWER
             self._words[at] = WITHDRAWN  # nobody may see the old place with the new depth
         words = self._words
         words[at + 1] = lo
         words[at + 2] = place
         words[at + 3] = depth
         words[at] = hi if hi > WITHDRAWN else hi + 2
-        self.lower += place == LOWER
+        self.lower += place >= LOWER
         return True
 
     def place(self, namespace: bytes, key: bytes) -> int | None:
@@ -196,7 +197,7 @@ class IndexWriter:
         if at is None:
             return
         self._entries -= 1
-        self.lower -= self._words[at + 2] == LOWER
+        self.lower -= self._words[at + 2] >= LOWER
         self._words[at] = WITHDRAWN
         self._clear_tail(at)
 
@@ -206,7 +207,7 @@ class IndexWriter:
         for _ in range(mask + 1 if self.lower else 0):
             at = HEADER_WORDS + ENTRY_WORDS * self._hand
             self._hand = (self._hand + _STRIDE) & mask  # all over the table: it must stay evenly filled
-            if words[at] > WITHDRAWN and words[at + 2] == LOWER:
+            if words[at] > WITHDRAWN and words[at + 2] >= LOWER:
                 self._entries -= 1
                 self.lower -= 1
                 words[at] = WITHDRAWN
@@ -216,15 +217,17 @@ class IndexWriter:
                     break
         return gone
 
-    def withdraw_lower(self) -> None:
-        """Take every page that is not in RAM out of sight."""
+    def withdraw_lower(self, tier: int) -> None:
+        """A tier (its bit) holds nothing any more, as far as is known."""
         import numpy as np  # only where there is a lower tier
 
-        names = np.frombuffer(self._words, np.uint64)[HEADER_WORDS:].reshape(-1, ENTRY_WORDS)
-        lower = (names[:, 2] == LOWER) & (names[:, 0] > WITHDRAWN)
-        names[lower, 0] = WITHDRAWN
-        self._entries -= self.lower
-        self.lower = 0
+        entries = np.frombuffer(self._words, np.uint64)[HEADER_WORDS:].reshape(-1, ENTRY_WORDS)
+        lower = (entries[:, 0] > WITHDRAWN) & (entries[:, 2] >= LOWER)
+        entries[lower, 2] &= np.uint64(_WORD ^ tier)
+        gone = lower & (entries[:, 2] == LOWER)
+        entries[gone, 0] = WITHDRAWN
+        self._entries -= int(gone.sum())
+        self.lower -= int(gone.sum())
 
     def _find(self, hi: int, lo: int) -> tuple[int | None, int | None]:
         """The entry of a name, or None, and the first entry that could take it."""

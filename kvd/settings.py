@@ -57,7 +57,6 @@ class NvmeSettings(BaseModel):
     segment_bytes: int = Field(256 * MIB, description="size of its files; each holds pages of one size")
     threads: int = Field(4, ge=1, le=64, description="reads and writes in flight")
     write_delay_s: float = Field(1.0, ge=0, le=600, description="how long a new page waits to be written with others")
-    flush_s: float = Field(10.0, ge=0, le=80, description="how long a clean stop may write what is not there yet")
 
     @model_validator(mode="after")
     def _consistent(self) -> "NvmeSettings":
@@ -66,6 +65,21 @@ class NvmeSettings(BaseModel):
         if self.size_bytes < self.segment_bytes:
             raise ValueError("size_bytes must hold at least one segment")
         return self
+
+
+class SharedSettings(BaseModel):
+    """The tier that several nodes share; off unless it has a URI."""
+
+    model_config = _STRICT
+
+    uri: str | None = Field(None, description="a folder (also on NFS) or s3://bucket/path; unset: no such tier")
+    node: str = Field("", description="this node's name there, unlike any other's; empty: the host name")
+    quota_bytes: int = Field(1 << 40, ge=MIB, description="of all nodes together: give them the same")
+    file_bytes: int = Field(128 * MIB, ge=MIB, description="what its files grow to")
+    poll_s: float = Field(5.0, gt=0, le=3600, description="how often to look for what other nodes stored")
+    ttl_s: float | None = Field(None, gt=0, description="how long a page is kept; unset: until the quota needs room")
+    threads: int = Field(4, ge=1, le=64, description="reads in flight")
+    write_delay_s: float = Field(10.0, ge=0, le=600, description="how long a new page waits to be written with others")
 
 
 class DaemonSettings(BaseSettings):
@@ -84,8 +98,10 @@ class DaemonSettings(BaseSettings):
     )
     arena: ArenaSettings = ArenaSettings()
     nvme: NvmeSettings = NvmeSettings()
+    shared: SharedSettings = SharedSettings()
     socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
     max_sessions: int = Field(256, ge=1, le=4096, description="worker ranks and tools connected at once")
+    flush_s: float = Field(10.0, ge=0, le=80, description="how long a clean stop may write what tiers do not have yet")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
 
 
@@ -128,14 +144,16 @@ def example() -> str:
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 continue
             default = "/run/kvd" if name == "run_dir" else field.default
-            shown = (
-                f"0o{default:o}" if name == "socket_mode" else str(default).lower() if default is not None else '""'
-            )
-            quoted = f'"{shown}"' if isinstance(default, str) else shown
-            lines.extend([f"# {field.description}", f"# {name} = {quoted}", ""])
+            if default is None:
+                shown = '""' if field.annotation in (Path | None, str | None) else "..."
+            elif isinstance(default, str):
+                shown = f'"{default}"'
+            else:
+                shown = f"0o{default:o}" if name == "socket_mode" else str(default).lower()
+            lines.extend([f"# {field.description}", f"# {name} = {shown}", ""])
 
     add(DaemonSettings)
-    for name, tier in (("arena", ArenaSettings), ("nvme", NvmeSettings)):
+    for name, tier in (("arena", ArenaSettings), ("nvme", NvmeSettings), ("shared", SharedSettings)):
         lines.extend([f"[{name}]", ""])
         add(tier)
     return "\n".join(lines).rstrip() + "\n"

@@ -74,7 +74,7 @@ class Shelf:
             return [False] * len(keys)
         places = [attachment.index.present(self._name, key) for key in keys]
         for key, place in zip(keys, places, strict=True):
-            if place is not None and place != LOWER:
+            if place is not None and place < LOWER:
                 self._promise(attachment, key, Match(1, (place,)))
         return [place is not None for place in places]
 
@@ -88,7 +88,8 @@ class Shelf:
         self._promises[key] = rows
         if len(self._promises) > _MAX_PROMISES:
             self._promises.popitem(last=False)  # its rows run out by themselves
-        return attachment.index.present(self._name, key) not in (None, LOWER)
+        place = attachment.index.present(self._name, key)
+        return place is not None and place < LOWER
 
     def _drop_promise(self, key: str) -> None:
         rows = self._promises.pop(key, None)

@@ -1,7 +1,7 @@
 """A lower tier in a process of its own: `python -m kvd.storage.serve SETTINGS`, started by kvd.
 
 A disk that hangs hangs this process; a medium that fails under LMDB's mapping kills it (SIGBUS); kvd sees it, answers
-misses and starts another. SETTINGS is JSON: {"tier": "nvme", "socket": fd, "arena": fd, ...the tier's own}.
+misses and starts another. SETTINGS is JSON: {"tier": "nvme" or "shared", "socket": fd, "arena": fd, ...its own}.
 Loads run on several threads, stores and drops on one, in their order. Ends when kvd hangs up.
 """
 
@@ -38,7 +38,7 @@ class Server:
         self._send_lock = threading.Lock()
         self._stores: queue.SimpleQueue[tierwire.Store | tierwire.Drop] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
-        for work in (self._store_forever, self._gauge_forever, *[self._load_forever] * loaders):
+        for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
             threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
 
     def serve(self) -> None:
@@ -79,10 +79,9 @@ class Server:
             request = self._loads.get()
             names = tierwire.split(request.names)
             wanted = [(n, self._buffers(o, request.length)) for n, o in zip(names, request.offsets, strict=True)]
-            started = time.monotonic()
             found = self._tier.get(wanted)
             rows = [None if page is None else tierwire.Row.of(page, []) for page in found]
-            self.send(tierwire.Loaded(request.request, rows, time.monotonic() - started))
+            self.send(tierwire.Loaded(request.request, rows))
 
     def _store_forever(self) -> None:
         while True:
@@ -94,14 +93,18 @@ class Server:
             self._tell_news()  # before the answer: kvd must know what left before it believes what came
             self.send(tierwire.Stored(request.request, flags))
 
-    def _gauge_forever(self) -> None:
+    def _news_forever(self) -> None:
         for names in self._tier.names():
             for at in range(0, len(names), _NAMES_AT_ONCE):
                 self.send(tierwire.Changed(b"".join(names[at : at + _NAMES_AT_ONCE]), b""))
+        threading.Thread(target=self._or_die, args=(self._gauge_forever,), daemon=True).start()
         while True:
-            self._tell_news()
-            counters = dict(getattr(self._tier, "counters", {}))
-            self.send(tierwire.Gauge(*self._tier.usage(), counters))
+            self._tell_news()  # a tier that shares its medium looks for others' pages now, and may take long
+            time.sleep(GAUGE_EVERY_S)
+
+    def _gauge_forever(self) -> None:
+        while True:
+            self.send(tierwire.Gauge(*self._tier.usage(), dict(self._tier.counters)))
             time.sleep(GAUGE_EVERY_S)
 
     def _tell_news(self) -> None:
@@ -122,6 +125,13 @@ def open_tier(settings: dict[str, Any]) -> Tier:
         from kvd.storage.nvme import NvmeTier
 
         return NvmeTier(Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"])
+    if kind == "shared":
+        from kvd.storage.shared import SharedTier
+
+        return SharedTier(
+            settings["uri"], settings["node"], settings["quota_bytes"], settings["file_bytes"], settings["poll_s"],
+            settings["ttl_s"],
+        )  # fmt: skip
     raise TierError(f"unknown tier {kind}")
 
 

@@ -14,7 +14,7 @@ A tier may drop any page at any time (it is a cache) and says so in `news`. It n
 What the medium does (full, broken, slow, gone) is a `TierError`, or False and None for the pages concerned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from kvd.errors import KvdError
@@ -68,6 +68,11 @@ class News(NamedTuple):
 
 class Tier(Protocol):
     """Raises TierError from any method when the tier as a whole cannot work."""
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What happened since it was opened, for operators."""
+        ...
 
     def put(self, pages: Sequence[tuple[Page, Buffers]]) -> list[bool]:
         """Store pages; True for each that is held durably now (also if it was before). False: no room, not wanted."""

@@ -94,11 +94,10 @@ class Stored(Message, tag="stored", frozen=True):
 
 
 class Loaded(Message, tag="loaded", frozen=True):
-    """One per name; None: absent or damaged. `seconds` is how long the medium took."""
+    """One per name; None: absent or damaged."""
 
     request: int
     rows: list[Row | None]
-    seconds: float
 
 
 FromTier = Changed | Gauge | Stored | Loaded

@@ -4,13 +4,12 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.harness import Daemon, eventually
+from tests.harness import ARENAS, Daemon, eventually
 
 collect_ignore_glob: list[str] = []
 
@@ -31,18 +30,7 @@ def _children() -> set[int]:
 
 
 def _shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.endswith(".arena")}
-
-
-def _abandoned(names: set[str]) -> set[str]:
-    """Those that no living process has open: another kvd on this machine is none of our business."""
-    if not names:
-        return names
-    held: set[str] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            held |= {m.path for m in process.memory_maps()}
-    return {name for name in names if f"/dev/shm/{name}" not in held}
+    return ARENAS & set(os.listdir("/dev/shm"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +42,7 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     eventually(lambda: not (_children() - children), 5, "no process is left")
     left = eventually_threads(threads)
     assert not left, f"threads left: {left}"
-    assert not _abandoned(_shared_memory() - shm), "shared memory left in /dev/shm"
+    assert not _shared_memory() - shm, "shared memory left in /dev/shm"
     gc.collect()
     new = {fd: what for fd, what in _descriptors().items() if fd not in fds}
     new = {fd: what for fd, what in new.items() if not what.startswith(("/dev/", "pipe:")) or "shm" in what}

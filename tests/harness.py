@@ -88,6 +88,9 @@ class PluginProcess:
         self.stop()
 
 
+ARENAS: set[str] = set()  # of all daemons that tests made: another kvd on this machine is none of our business
+
+
 class Daemon:
     """A real `kvd` process on `folder`. `stop` checks that nothing is left behind."""
 
@@ -95,6 +98,7 @@ class Daemon:
         self.folder = folder
         self.socket = folder / SOCKET
         self.arena_path = arena_path(folder, os.getuid())
+        ARENAS.add(self.arena_path.name)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("KVD_")},
             "KVD_RUN_DIR": str(folder),

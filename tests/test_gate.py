@@ -3,56 +3,55 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvd.daemon.gate import STALE_AFTER_S, WAIT_S, Disk, Gate
+from kvd.daemon.gate import STALE_AFTER_S, WAIT_S, Disk, decide
 
 MB = 1_000_000
 
 
-def gate(mb_per_s: float, on_the_way: int = 0) -> Gate:
+def measured(mb_per_s: float, on_the_way: int = 0) -> Disk:
     disk = Disk()
     disk.begun(10 * MB, 100.0 - 10 / mb_per_s)
     disk.ended(10 * MB, 10 * MB, 100.0)
     disk.begun(on_the_way, 100.0)
-    return Gate(disk)
+    return disk
 
 
 def test_what_was_never_measured_does_not_forbid() -> None:
-    assert Gate().decide(100, MB, 64, 1000.0, 100.0).pages == 100
-    assert gate(2000).decide(100, MB, 64, 0.0, 100.0).pages == 100
+    assert decide(Disk(), 100, MB, 64, 1000.0, 100.0).pages == 100
+    assert decide(measured(2000), 100, MB, 64, 0.0, 100.0).pages == 100
 
 
 def test_a_disk_slower_than_the_worker_is_not_asked() -> None:
     # 64 tokens a megabyte: 10 MB/s give 640 tokens a second
-    assert gate(10).decide(5, MB, 64, 1000.0, 100.0).pages == 0
-    assert gate(10).decide(5, MB, 64, 500.0, 100.0).pages == 5
+    assert decide(measured(10), 5, MB, 64, 1000.0, 100.0).pages == 0
+    assert decide(measured(10), 5, MB, 64, 500.0, 100.0).pages == 5
 
 
 def test_what_cannot_be_here_in_time_is_left_out() -> None:
-    assert gate(10).decide(100, MB, 64, 100.0, 100.0).pages == 10 * WAIT_S
-    assert gate(10, 4 * MB).decide(100, MB, 64, 10.0, 100.0).pages == 6 * WAIT_S
-    assert gate(10, 40 * MB).decide(100, MB, 64, 10.0, 100.0).pages == 0
+    assert decide(measured(10), 100, MB, 64, 100.0, 100.0).pages == 10 * WAIT_S
+    assert decide(measured(10, 4 * MB), 100, MB, 64, 10.0, 100.0).pages == 6 * WAIT_S
+    assert decide(measured(10, 40 * MB), 100, MB, 64, 10.0, 100.0).pages == 0
 
 
 def test_what_is_on_its_way_already_comes_first() -> None:
     # one page gains 64 - 10 ms, the queue costs 500 ms: ten pages are too few to be worth it
-    assert gate(100, 50 * MB).decide(9, MB, 64, 1000.0, 100.0).pages == 0
-    assert gate(100, 50 * MB).decide(10, MB, 64, 1000.0, 100.0).pages == 10
+    assert decide(measured(100, 50 * MB), 9, MB, 64, 1000.0, 100.0).pages == 0
+    assert decide(measured(100, 50 * MB), 10, MB, 64, 1000.0, 100.0).pages == 10
 
 
 def test_a_measurement_that_forbids_goes_stale() -> None:
-    slow = gate(1)
-    assert slow.decide(5, MB, 64, 1000.0, 100.0).pages == 0
-    assert slow.last is not None
-    assert (slow.last.pages, slow.last.wanted, slow.last.disk_bytes_per_s) == (0, 5, MB)
-    assert slow.decide(5, MB, 64, 1000.0, 101.0 + STALE_AFTER_S).pages == 5
+    slow = measured(1)
+    refused = decide(slow, 5, MB, 64, 1000.0, 100.0)
+    assert (refused.pages, refused.wanted, refused.disk_bytes_per_s) == (0, 5, MB)
+    assert decide(slow, 5, MB, 64, 1000.0, 101.0 + STALE_AFTER_S).pages == 5
 
 
 def test_a_disk_that_recovers_is_believed_again() -> None:
-    mended = gate(1)
+    mended = measured(1)
     for _ in range(20):
-        mended.disk.begun(10 * MB, 99.99)
-        mended.disk.ended(10 * MB, 10 * MB, 100.0)
-    assert mended.decide(5, MB, 64, 1000.0, 100.0).pages == 5
+        mended.begun(10 * MB, 99.99)
+        mended.ended(10 * MB, 10 * MB, 100.0)
+    assert decide(mended, 5, MB, 64, 1000.0, 100.0).pages == 5
 
 
 def test_the_disk_is_measured_while_it_is_busy_and_not_between() -> None:
@@ -83,7 +82,7 @@ def test_a_small_load_says_little_about_the_disk() -> None:
 def test_it_never_costs_more_than_computing(
     wanted: int, page_bytes: int, tokens: int, prefill: float, mb_per_s: float, queue: int
 ) -> None:
-    chosen = gate(mb_per_s, queue).decide(wanted, page_bytes, tokens, prefill, 100.0)
+    chosen = decide(measured(mb_per_s, queue), wanted, page_bytes, tokens, prefill, 100.0)
     assert 0 <= chosen.pages <= wanted
     if chosen.pages:
         load_s = (queue + chosen.pages * page_bytes) / (mb_per_s * MB)

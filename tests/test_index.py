@@ -38,7 +38,7 @@ def test_a_page_that_moves_to_a_lower_tier_and_back_keeps_one_entry() -> None:
     for n, key in enumerate(keys):
         writer.publish(NAMESPACE, key, n << 32 | 1, n)
     for key in keys[5:]:
-        assert writer.publish(NAMESPACE, key, LOWER, 0)
+        assert writer.publish(NAMESPACE, key, LOWER | 1, 0)
     match = reader.leading(name, hexes)
     assert (match.pages, match.lower) == (10, True)
     assert not reader.leading(name, hexes[:5]).lower

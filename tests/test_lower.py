@@ -15,6 +15,7 @@ from kvd.storage.tier import Name, Page
 from tests.test_node import BRANCH, KEYS, World, namespace, spec
 
 CHAINS = [*KEYS, BRANCH]
+BIT = 2
 
 
 class DictTier:
@@ -27,7 +28,7 @@ class DictTier:
         self._owed: list[Callable[[], None]] = []
 
     def load(
-        self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None], float], None]
+        self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None]], None]
     ) -> None:
         def answer() -> None:
             found: list[Page | None] = []
@@ -37,7 +38,7 @@ class DictTier:
                 for offset, payload in zip(offsets, payloads if fits else [], strict=False):
                     self.world.memory[offset : offset + length] = payload
                 found.append(page if fits else None)
-            done(found, 0.0)
+            done(found)
 
         self._owed.append(answer)
 
@@ -64,7 +65,7 @@ class TwoTiers(World):
     def start(self) -> None:
         super().start()
         self.tier = DictTier(self)
-        self.node.promotion.source = self.node.writeback.sink = self.tier
+        self.writeback = self.node.add_tier(BIT, self.tier, 1.0)
         self.node.promotion.clock = lambda: self.now
 
     def settle(self) -> None:
@@ -73,7 +74,7 @@ class TwoTiers(World):
             self.now += 1.0
             self.node.tick(self.now)
             self.tier.answer()
-            if self.node.writeback.idle:
+            if not len(self.writeback):
                 return
         raise AssertionError("never idle")
 
@@ -166,12 +167,12 @@ def test_a_tier_that_starts_anew_says_what_it_holds(world: TwoTiers) -> None:
     world.settle()
     world.lookup(session, KEYS[0])
     world.evict_all()
-    world.node.stock.below_forgotten()
+    world.node.stock.below_forgotten(BIT)
     assert world.lookup(session, KEYS[1]) == 0
     del world.tier.pages[namespace(1) + KEYS[0][0]]
-    world.node.stock.below_changed(list(world.tier.pages), [])
+    world.node.stock.below_changed(BIT, list(world.tier.pages), [])
     assert world.lookup(session, KEYS[1]) == 15
-    world.node.writeback.everything(world.now)
+    world.writeback.everything(world.now)
     world.settle()
     assert namespace(1) + KEYS[0][0] in world.tier.pages, "what it lacks is written again"
     assert world.node.faults() == []
@@ -223,7 +224,7 @@ def test_a_full_index_shows_what_is_in_ram_first() -> None:
     world = TwoTiers(extents=64, entries=1024)
     session = world.session(spec(1))
     names = [namespace(7) + key for key in chain(range(4 * 630), 4)]
-    world.node.stock.below_changed(names, [])
+    world.node.stock.below_changed(BIT, names, [])
     assert world.node.index.lower == 630
     for n in range(15):
         keys = chain([n, *range(159)], 4)
@@ -284,13 +285,13 @@ class TwoTierMachine(RuleBasedStateMachine):
         if self.world.tier.pages:
             name = data.draw(st.sampled_from(sorted(self.world.tier.pages)))
             del self.world.tier.pages[name]
-            self.world.node.stock.below_changed([], [name])
+            self.world.node.stock.below_changed(BIT, [], [name])
 
     @rule()
     def start_the_tier_anew(self) -> None:
-        self.world.node.stock.below_forgotten()
-        self.world.node.stock.below_changed(list(self.world.tier.pages), [])
-        self.world.node.writeback.everything(self.world.now)
+        self.world.node.stock.below_forgotten(BIT)
+        self.world.node.stock.below_changed(BIT, list(self.world.tier.pages), [])
+        self.world.writeback.everything(self.world.now)
 
     @invariant()
     def nothing_is_broken(self) -> None:

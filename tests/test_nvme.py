@@ -1,31 +1,19 @@
-"""The NVMe tier: the contract of all tiers, then what disks do to files, and what only this tier promises."""
+"""The NVMe tier: the contract of all tiers, its formats, and what only this tier promises."""
 
 import os
-import random
-import re
-import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import lmdb
 import pytest
 import xxhash
 
 from kvd.storage import failpoints
-from kvd.storage.catalog import HEAD_BYTES, META, Record, pack, unpack
-from kvd.storage.nvme import STRIKES, NvmeTier
+from kvd.storage.nvme import NvmeTier
+from kvd.storage.nvme.catalog import META, Record, pack, unpack
 from kvd.storage.tier import Tier, TierError
+from tests.nvme_folder import LENGTH, MIB, SEGMENT, absent_or_right, catalog, fill, opened, reopened, segment
 from tests.tier_contract import Sample, TierContract, get, held, put, sample, tier_machine
-
-MIB = 1 << 20
-SEGMENT = MIB
-LENGTH = 60_000  # 16 pages of 61440 bytes fit a segment of 1 MiB beside its header
-
-
-def opened(folder: Path, size_bytes: int = 8 * MIB) -> NvmeTier:
-    return NvmeTier(folder, size_bytes, SEGMENT)
 
 
 class TestNvme(TierContract):
@@ -43,41 +31,6 @@ TestNvmeMachineLong = pytest.mark.timeout(1800)(
 def disarmed() -> Iterator[None]:
     yield
     failpoints.arm("")
-
-
-@contextmanager
-def reopened(folder: Path, size_bytes: int = 8 * MIB) -> Iterator[NvmeTier]:
-    """The tier, with its invariants checked at the end."""
-    tier = opened(folder, size_bytes)
-    try:
-        yield tier
-        assert not tier.faults()
-    finally:
-        tier.close()
-
-
-def fill(folder: Path, count: int = 60) -> list[Sample]:
-    """Pages over four segments."""
-    samples = [sample(n, LENGTH) for n in range(count)]
-    with reopened(folder) as tier:
-        assert all(put(tier, *samples))
-    return samples
-
-
-def segment(folder: Path, number: int) -> Path:
-    return folder / f"segment-{number:05d}.kvd"
-
-
-def absent_or_right(tier: NvmeTier, samples: list[Sample]) -> list[bool]:
-    """Which pages are there. What find says is what get brings, and names and usage agree."""
-    got = get(tier, *samples)
-    assert all(found in (None, want) for found, want in zip(got, samples, strict=True))
-    there = [found is not None for found in got]
-    names = [want.page.name for want in samples]
-    assert [page is not None for page in tier.find(names)] == there
-    assert held(tier) == {name for name, is_there in zip(names, there, strict=True) if is_there}
-    assert tier.usage().pages == sum(there)
-    return there
 
 
 # -- formats -----------------------------------------------------------------------------------------------
@@ -115,137 +68,6 @@ def test_a_record_with_any_byte_changed_is_not_taken_for_one() -> None:
     for length in range(len(value)):
         assert unpack(page.name, value[:length]) is None
     assert unpack(sample(4).page.name, value) is None
-
-
-# -- damage ------------------------------------------------------------------------------------------------
-
-
-def test_a_flipped_bit_is_noticed_counted_and_said(tmp_path: Path) -> None:
-    samples = fill(tmp_path)
-    with segment(tmp_path, 1).open("r+b") as file:
-        file.seek(4096 + 2 * 61440 + 59_999)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([last ^ 0x40]))
-    with reopened(tmp_path) as tier:
-        there = absent_or_right_after_first_read(tier, samples)
-        assert there.count(False) == 1
-        assert tier.counters["damaged"] == 1
-        assert tier.news().left == [s.page.name for s, is_there in zip(samples, there, strict=True) if not is_there]
-        lost = samples[there.index(False)]
-        assert put(tier, lost) == [True]
-        assert get(tier, lost) == [lost]
-
-
-def absent_or_right_after_first_read(tier: NvmeTier, samples: list[Sample]) -> list[bool]:
-    """Damage is found by reading, so names and find are right after that."""
-    get(tier, *samples)
-    return absent_or_right(tier, samples)
-
-
-def test_what_is_beyond_a_pages_length_is_nobodys(tmp_path: Path) -> None:
-    samples = fill(tmp_path, 1)
-    with segment(tmp_path, 0).open("r+b") as file:
-        file.seek(4096 + LENGTH)
-        file.write(b"\xff" * (61440 - LENGTH))
-    with reopened(tmp_path) as tier:
-        assert absent_or_right(tier, samples) == [True]
-
-
-@pytest.mark.parametrize("kept", [0, 100, 4096, 4096 + 61440 * 3 + 5, SEGMENT - 1])
-def test_a_truncated_segment_loses_its_pages_only(tmp_path: Path, kept: int) -> None:
-    samples = fill(tmp_path)
-    os.truncate(segment(tmp_path, 2), kept)
-    with reopened(tmp_path) as tier:
-        there = absent_or_right(tier, samples)
-        assert 40 <= sum(there) < 60
-        assert tier.counters["dropped_at_open"] == 60 - sum(there)
-        assert len(tier.news().left) == 60 - sum(there)
-        assert all(put(tier, *samples))
-        assert all(absent_or_right(tier, samples))
-
-
-def test_a_segment_truncated_while_open_gives_misses(tmp_path: Path) -> None:
-    samples = fill(tmp_path)
-    with reopened(tmp_path) as tier:
-        os.truncate(segment(tmp_path, 0), 4096)
-        there = absent_or_right_after_first_read(tier, samples)
-        assert 40 <= sum(there) < 60
-        assert tier.counters["damaged"] == 60 - sum(there)
-
-
-@pytest.mark.parametrize("start", [0, 4096])
-def test_a_zeroed_segment_loses_its_pages_only(tmp_path: Path, start: int) -> None:
-    samples = fill(tmp_path)
-    with segment(tmp_path, 1).open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(SEGMENT - start))
-    with reopened(tmp_path) as tier:
-        assert 40 <= sum(absent_or_right_after_first_read(tier, samples)) < 60
-
-
-def test_swapped_and_foreign_segments_are_noticed(tmp_path: Path) -> None:
-    samples = fill(tmp_path / "ours")
-    fill(tmp_path / "other")
-    zero, one = segment(tmp_path / "ours", 0), segment(tmp_path / "ours", 1)
-    zero.rename(tmp_path / "aside")
-    one.rename(zero)
-    (tmp_path / "aside").rename(one)
-    shutil.copy(segment(tmp_path / "other", 2), segment(tmp_path / "ours", 2))
-    with reopened(tmp_path / "ours") as tier:
-        there = absent_or_right(tier, samples)
-        assert 0 < sum(there) < 20, "what was in segment 3"
-        assert all(put(tier, *samples))
-
-
-def test_a_missing_segment_loses_its_pages_only(tmp_path: Path) -> None:
-    samples = fill(tmp_path)
-    segment(tmp_path, 0).unlink()
-    with reopened(tmp_path) as tier:
-        assert 40 <= sum(absent_or_right(tier, samples)) < 60
-
-
-def test_segments_without_their_catalog_are_used_anew(tmp_path: Path) -> None:
-    samples = fill(tmp_path)
-    shutil.rmtree(tmp_path / "catalog")
-    with reopened(tmp_path) as tier:
-        assert not any(absent_or_right(tier, samples))
-        assert all(put(tier, *samples))
-        assert all(absent_or_right(tier, samples))
-
-
-def test_damaged_records_cost_their_pages_and_never_mix_others(tmp_path: Path) -> None:
-    samples = fill(tmp_path)
-    rng = random.Random(5)
-    with catalog(tmp_path, write=True) as (writing, pages, _):
-        for what in samples[:40]:
-            value = bytearray(writing.get(what.page.name, db=pages))
-            value[rng.randrange(len(value))] ^= 1 << rng.randrange(8)
-            writing.put(what.page.name, bytes(value), db=pages)
-        writing.put(samples[40].page.name, b"short", db=pages)
-        writing.put(samples[41].page.name, bytes(HEAD_BYTES + 16), db=pages)
-        writing.put(samples[42].page.name, writing.get(samples[43].page.name, db=pages), db=pages)
-        writing.put(b"no name", b"x" * 100, db=pages)
-    tier = opened(tmp_path)
-    get(tier, *samples)
-    tier.close()  # a slot whose record was damaged is free again only now
-    with reopened(tmp_path) as tier:
-        there = absent_or_right(tier, samples)
-        assert sum(there[44:]) >= 14, "where two claim a slot both go"
-        assert sum(there) <= 17
-        assert all(put(tier, *samples))
-        assert all(absent_or_right(tier, samples))
-
-
-@contextmanager
-def catalog(folder: Path, write: bool = False) -> Iterator[tuple[lmdb.Transaction, object, object]]:
-    env = lmdb.open(str(folder / "catalog"), map_size=1 << 30, max_dbs=2)
-    try:
-        pages, meta = env.open_db(b"pages"), env.open_db(b"meta")
-        with env.begin(write=write) as transaction:
-            yield transaction, pages, meta
-    finally:
-        env.close()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -417,84 +239,3 @@ def test_a_full_tier_stores_a_batch_with_one_commit(tmp_path: Path) -> None:
             assert all(put(tier, *next(batches)))
         assert tier._catalog._env.info()["last_txnid"] - before == 20
         assert tier.counters["evicted"] >= 80
-
-
-# -- disks that fail ---------------------------------------------------------------------------------------
-
-
-def test_a_write_that_fails_costs_its_page_only(tmp_path: Path) -> None:
-    samples = [sample(n, LENGTH) for n in range(6)]
-    with reopened(tmp_path) as tier:
-        failpoints.arm("segments.write:3:eio")
-        assert sorted(put(tier, *samples)) == [False] + [True] * 5
-        assert tier.counters["write_error"] == 1
-        assert put(tier, *samples) == [True] * 6
-        assert all(absent_or_right(tier, samples))
-
-
-def test_a_barrier_that_fails_acknowledges_nothing(tmp_path: Path) -> None:
-    samples = [sample(n, LENGTH) for n in range(6)]
-    with reopened(tmp_path) as tier:
-        failpoints.arm("segments.sync:1:eio")
-        assert put(tier, *samples) == [False] * 6
-        assert not any(absent_or_right(tier, samples))
-
-
-def test_a_read_that_fails_is_a_miss_and_not_the_end_of_the_page(tmp_path: Path) -> None:
-    samples = fill(tmp_path, 6)
-    with reopened(tmp_path) as tier:
-        failpoints.arm("segments.read:2:eio")
-        assert get(tier, *samples).count(None) == 1
-        assert (tier.counters["read_error"], tier.counters["damaged"]) == (1, 0)
-        assert get(tier, *samples) == samples
-
-
-def test_a_disk_that_keeps_failing_takes_the_tier_down_until_it_works(tmp_path: Path) -> None:
-    samples = fill(tmp_path, 6)
-    with reopened(tmp_path) as tier:
-        failpoints.arm("segments.read:1+:eio")
-        for _ in range(STRIKES - 1):
-            assert get(tier, samples[0]) == [None]
-        with pytest.raises(TierError, match="failed in 5 calls"):
-            get(tier, samples[0])
-        failpoints.arm("")
-        assert get(tier, *samples) == samples
-        assert not tier._strikes
-
-
-@pytest.mark.parametrize("fault", ["eio", "enospc"])
-def test_no_step_that_fails_raises_what_is_no_tier_error_or_loses_a_page(tmp_path: Path, fault: str) -> None:
-    """The first time of each step fails, in a tier that evicts and removes; then it is opened again."""
-    for name in failpoint_names():
-        folder = tmp_path / name
-        stored: set[Sample] = set()
-        failpoints.arm(f"{name}:1:{fault}")
-        with suppress(TierError), closing(opened(folder, 2 * MIB)) as tier:
-            _exercise(tier, stored)
-        failpoints.arm("")
-        with reopened(folder, 2 * MIB) as tier:
-            assert all(get(tier, what)[0] in (None, what) for what in stored)
-            assert put(tier, sample(999, LENGTH)) == [True]
-
-
-def _exercise(tier: NvmeTier, stored: set[Sample]) -> None:
-    """Whenever the tier answers, what it holds is what it said it held, less what it said has left."""
-    there = {name for piece in tier.names() for name in piece}
-    tier.news()
-    for at in range(0, 48, 6):
-        batch = [sample(n, LENGTH) for n in range(at, at + 6)]
-        answers = put(tier, *batch)
-        stored |= set(batch)
-        there |= {what.page.name for what, ok in zip(batch, answers, strict=True) if ok}
-        tier.remove([batch[0].page.name])
-        there.discard(batch[0].page.name)
-        get(tier, *batch)
-        there -= set(tier.news().left)
-        assert held(tier) == there
-
-
-def failpoint_names() -> list[str]:
-    """All of this tier's, from the sources."""
-    folder = Path(__file__).parents[1] / "storage"
-    sources = [(folder / f"{module}.py").read_text() for module in ("catalog", "segments", "nvme")]
-    return sorted({name for source in sources for name in re.findall(r'\breach\("([^"]+)"\)', source)})

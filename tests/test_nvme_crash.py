@@ -20,10 +20,10 @@ from typing import NamedTuple
 import pytest
 
 from kvd.storage import failpoints
-from kvd.storage.catalog import Record
 from kvd.storage.nvme import NvmeTier
+from kvd.storage.nvme.catalog import Record
 from kvd.storage.tier import Name
-from tests.test_nvme import failpoint_names
+from tests.nvme_folder import failpoint_names
 from tests.tier_contract import Sample, get, held, put, sample
 
 MIB = 1 << 20

@@ -125,7 +125,7 @@ class TestTwoNodes:
             put(one, sample(n))
         two.news()
         one._housekeeping.step()
-        assert one.counters()["merged files"] == 8
+        assert one.counters["merged files"] == 8
         two.remove([sample(3).page.name])
         assert one.news().left == [sample(3).page.name]
         assert two.news() == ([], [])
@@ -249,7 +249,7 @@ class TestHousekeeping:
         assert not temporary.exists()
         assert not half.exists()
         assert stranger.exists()
-        assert tier.counters()["foreign"] == tier.counters()["truncated"] == 1
+        assert tier.counters["foreign"] == tier.counters["truncated"] == 1
 
     def test_a_put_that_cannot_fit_is_refused_and_evicts_nothing(self, node: Node) -> None:
         tier = node("a", quota_bytes=MIB)
@@ -272,7 +272,7 @@ class TestDamage:
         _flip(files(tmp_path)[0], _place(tier, 1) + 100)
         assert get(tier, sample(1), sample(2)) == [None, sample(2)]
         assert tier.news() == ([], [sample(1).page.name])
-        assert tier.counters()["damaged"] == 1
+        assert tier.counters["damaged"] == 1
         assert held(node("b")) == {sample(2).page.name}
         assert put(tier, sample(1)) == [True]
         assert get(tier, sample(1)) == [sample(1)]
@@ -283,7 +283,7 @@ class TestDamage:
         files(tmp_path)[0].unlink()
         assert get(tier, sample(1)) == [None]
         assert set(tier.news().left) == {sample(1).page.name, sample(2).page.name}
-        assert tier.counters()["absent"] == 1
+        assert tier.counters["absent"] == 1
 
     def test_a_file_cut_short_after_it_was_read_is_a_miss(self, node: Node, tmp_path: Path) -> None:
         tier = node("a")
@@ -302,7 +302,7 @@ class TestDamage:
         tier.news()
         assert not held(tier)
         assert path.exists()
-        assert tier.counters()["version"] == 1
+        assert tier.counters["version"] == 1
 
     def test_a_file_from_the_future_is_skipped_and_kept(self, node: Node, tmp_path: Path) -> None:
         put(node("a"), sample(1))
@@ -310,7 +310,7 @@ class TestDamage:
         path.rename(path.with_name("3" + path.name[1:]))
         tier = node("b", leftover_s=0)
         tier.news()
-        assert tier.counters()["future"] == 1
+        assert tier.counters["future"] == 1
         assert files(tmp_path)
         assert put(tier, sample(1)) == [True]
         assert held(node("c")) == {sample(1).page.name}
@@ -322,7 +322,7 @@ class TestDamage:
             writer.write_table(table)
         tier = node("b")
         assert not held(tier)
-        assert tier.counters()["foreign"] == 1
+        assert tier.counters["foreign"] == 1
 
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())

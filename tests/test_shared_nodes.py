@@ -65,7 +65,7 @@ def check(folder: Path, acknowledged: set[int]) -> None:
             assert got in (None, page(number)), f"page {number} is wrong"
         assert {number for number, got in enumerate(found) if got} >= acknowledged
         assert len(held(tier)) == sum(got is not None for got in found), "what is listed is there"
-        assert not {"truncated", "damaged", "foreign"} & set(tier.counters()), "files are whole"
+        assert not {"truncated", "damaged", "foreign"} & set(tier.counters), "files are whole"
     finally:
         tier.close()
     for path in folder.glob("*/*.pages.arrow"):

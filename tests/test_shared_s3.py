@@ -107,7 +107,7 @@ def test_small_objects_are_merged_and_old_ones_deleted(node: Node, bucket: tuple
     for _ in range(2):
         assert one.news() == ([], [])
     assert len(objects(bucket)) == 1
-    assert one.counters()["merged files"] == 9
+    assert one.counters["merged files"] == 9
     assert get(two, *samples) == [None] * 9, "it has not heard of the new one"
     two.news()
     assert get(two, *samples) == samples
@@ -143,7 +143,7 @@ def test_an_object_that_vanishes_or_is_cut_is_a_miss(node: Node, bucket: tuple[f
         stream.write(data[:5000])
     assert get(tier, sample(0), sample(1), sample(2)) == [None, None, sample(2)]
     assert set(tier.news().left) == {sample(0).page.name, sample(1).page.name}
-    assert node("b").counters()["truncated"] == 1
+    assert node("b").counters["truncated"] == 1
 
 
 def test_a_server_that_is_gone_is_a_tier_error(server: str) -> None:

@@ -1,4 +1,5 @@
-"""`kvdctl`: the operator's tool. One file per command; each only asks the daemon and shows what came back.
+"""`kvdctl`: the operator's tool. One file per command; each only asks the daemon and shows what came back;
+`simulate` asks nobody.
 
 Exit status of every command: 0 fine, 1 something is wrong, 2 wrong usage, 3 no daemon reachable.
 """
@@ -9,6 +10,7 @@ import typer
 
 from kvd import __version__
 from kvd.ctl import doctor, ls, status, tiers, verify, workers
+from kvd.ctl.simulate.command import app as simulation
 
 app = typer.Typer(
     name="kvdctl",
@@ -53,3 +55,4 @@ for _name, _module in (
     ("verify", verify),
 ):
     app.command(_name)(_module.command)
+app.add_typer(simulation, name="simulate")

@@ -29,7 +29,7 @@ START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
 _OPENING = "opening"
 _WELL_AFTER_S = 60.0  # up for as long, a failure is the first again
 
-Loaded = Callable[[list[Page | None], float], None]  # pages, and the seconds that the medium took
+Loaded = Callable[[list[Page | None]], None]
 Stored = Callable[[list[bool]], None]
 
 
@@ -49,11 +49,13 @@ class Below:
     def __init__(
         self, name: str, settings: dict[str, Any], arena_fd: int,
         changed: Callable[[list[Name], list[Name]], None], forgotten: Callable[[], None], works: Callable[[], None],
+        patience_s: float,
     ) -> None:  # fmt: skip
         self.name = name
         self.gauge = Gauge()
         self.trouble = "not started yet"
         self.restarts = 0
+        self._last_words = ""
         self._settings = settings
         self._arena_fd = arena_fd
         self._changed = changed  # names came or left
@@ -64,8 +66,10 @@ class Below:
         self._sock: socket.socket | None = None
         self._inbox, self._outbox = bytearray(), bytearray()
         self._request = 0
+        self._patience_s = patience_s  # the longest that one request may take
         self._loads: dict[int, tuple[int, Loaded]] = {}
         self._stores: dict[int, tuple[int, Stored]] = {}
+        self._asked: dict[int, float] = {}  # when, in order
         self._heard = self._began = self._start_at = time.monotonic()
         self._wait_s = START_AFTER_S[0]
         self._closed = False
@@ -80,12 +84,14 @@ class Below:
     def load(self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Loaded) -> None:
         """Read pages into the arena. `done` may be called at once."""
         self._request += 1
+        self._asked[self._request] = time.monotonic()
         self._loads[self._request] = (len(wanted), done)
         self._send(tierwire.Load(self._request, length, b"".join(name for name, _ in wanted), [o for _, o in wanted]))
 
     def store(self, pages: Sequence[tuple[Page, list[int]]], done: Stored) -> None:
         """Write pages from the arena. `done` may be called at once."""
         self._request += 1
+        self._asked[self._request] = time.monotonic()
         self._stores[self._request] = (len(pages), done)
         self._send(tierwire.Store(self._request, [tierwire.Row.of(page, offsets) for page, offsets in pages]))
 
@@ -125,7 +131,7 @@ class Below:
         except OSError:
             data = b""
         if not data:
-            self._hang_up(self.trouble if self.trouble not in ("", _OPENING) else "its process ended: see kvd's log")
+            self._hang_up(self._last_words or "its process ended: see kvd's log")
             return
         self._heard = time.monotonic()
         self._inbox += data
@@ -139,21 +145,23 @@ class Below:
 
     def _hear(self, message: tierwire.FromTier) -> None:
         match message:
-            case tierwire.Loaded(request, rows, seconds):
+            case tierwire.Loaded(request, rows):
+                del self._asked[request]
                 _, loaded = self._loads.pop(request)
-                loaded([None if row is None else row.page for row in rows], seconds)
+                loaded([None if row is None else row.page for row in rows])
             case tierwire.Stored(request, flags):
+                del self._asked[request]
                 _, stored = self._stores.pop(request)
                 stored(flags)
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
             case tierwire.Gauge(pages, used, total, counters, trouble):
                 self.gauge = Gauge(pages, used, total, counters)
-                was, self.trouble = self.trouble, trouble
-                if trouble != was:
-                    log.log(logging.WARNING if trouble else logging.INFO, "%s: %s", self.name, trouble or "works")
-                    if not trouble:
-                        self._works()
+                self._last_words = trouble
+                if self.trouble and not trouble:
+                    log.info("%s: works", self.name)
+                    self.trouble = ""
+                    self._works()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -164,6 +172,8 @@ class Below:
                 self._start(now)
         elif self._sock is not None and now - self._heard > SILENT_AFTER_S:
             self._hang_up(f"silent for {SILENT_AFTER_S:.0f} s: does its disk hang?")
+        elif self._sock is not None and self._asked and now - next(iter(self._asked.values())) > self._patience_s:
+            self._hang_up(f"silent about a request for {self._patience_s:.0f} s: does its disk hang?")
         elif self._sock is None and self._process.poll() is not None:
             self._process = None
             self._fail_all()
@@ -188,7 +198,9 @@ class Below:
         self._inbox.clear()
         self._outbox.clear()
         self._heard = self._began = now
-        self.trouble = _OPENING
+        self._last_words = ""
+        if not self.restarts:  # else what it died of stays to be seen until it works again
+            self.trouble = _OPENING
         self._loop.add_reader(ours, self._read)
 
     def _hang_up(self, why: str) -> None:
@@ -217,8 +229,9 @@ class Below:
         loads, stores = list(self._loads.values()), list(self._stores.values())
         self._loads.clear()
         self._stores.clear()
+        self._asked.clear()
         for count, loaded in loads:
-            loaded([None] * count, 0.0)
+            loaded([None] * count)
         for count, stored in stores:
             stored([False] * count)
 

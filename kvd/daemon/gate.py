@@ -11,7 +11,7 @@ and which can be here before the reader stops waiting. What was never measured d
 measurement; and a measurement that forbids goes stale, so that a disk that has recovered is found out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 STALE_AFTER_S = 30.0
 WAIT_S = 1.0  # a reader waits as long (half of the plugin's get_timeout_s)
@@ -57,29 +57,18 @@ class Decision:
     bytes_on_the_way: int
 
 
-@dataclass(slots=True)
-class Gate:
-    """`last` is the most recent decision that shortened a hit."""
-
-    disk: Disk = field(default_factory=Disk)
-    last: Decision | None = None
-
-    def decide(
-        self, wanted: int, page_bytes: int, page_tokens: int, prefill_tokens_per_s: float, now: float
-    ) -> Decision:
-        """For a prefix of `wanted` pages that are not in RAM. `page_bytes` are of all shards."""
-        disk = self.disk
-        known = disk.bytes_per_s > 0 and now - disk.measured_at <= STALE_AFTER_S
-        worth = wanted
-        if known:
-            in_time = int((WAIT_S * disk.bytes_per_s - disk.on_the_way) // page_bytes)
-            worth = min(wanted, max(0, in_time))
-            if prefill_tokens_per_s > 0 and page_tokens > 0:
-                queued = disk.on_the_way / disk.bytes_per_s
-                gained = page_tokens / prefill_tokens_per_s - page_bytes / disk.bytes_per_s  # a page, in seconds
-                if gained * worth < queued:
-                    worth = 0
-        decision = Decision(worth, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way)
-        if worth < wanted:
-            self.last = decision
-        return decision
+def decide(
+    disk: Disk, wanted: int, page_bytes: int, page_tokens: int, prefill_tokens_per_s: float, now: float
+) -> Decision:
+    """For a prefix of `wanted` pages that are on this disk. `page_bytes` are of all shards."""
+    known = disk.bytes_per_s > 0 and now - disk.measured_at <= STALE_AFTER_S
+    worth = wanted
+    if known:
+        in_time = int((WAIT_S * disk.bytes_per_s - disk.on_the_way) // page_bytes)
+        worth = min(wanted, max(0, in_time))
+        if prefill_tokens_per_s > 0 and page_tokens > 0:
+            queued = disk.on_the_way / disk.bytes_per_s
+            gained = page_tokens / prefill_tokens_per_s - page_bytes / disk.bytes_per_s  # a page, in seconds
+            if gained * worth < queued:
+                worth = 0
+    return Decision(worth, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way)

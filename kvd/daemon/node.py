@@ -5,21 +5,27 @@ only when every shard of it is committed, and leaves the index before its slots 
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from kvd import wire
+from kvd.daemon.gate import decide
 from kvd.daemon.intake import Intake
-from kvd.daemon.promotion import Promotion
+from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
 from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_ttl
 from kvd.daemon.residency import Group
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.stock import Stock
-from kvd.daemon.writeback import WriteBack
+from kvd.daemon.writeback import Sink, WriteBack
 from kvd.errors import PeerError
 from kvd.index import IndexWriter
 from kvd.storage.arena import Arena, Header
 
 MAX_NAMESPACES = 256  # of one session
+
+
+class Tier(Source, Sink, Protocol):
+    """A tier below, as far as the node needs it."""
 
 
 class Node:
@@ -38,9 +44,19 @@ class Node:
         self.space = stock.space
         self.intake = Intake(stock)
         self.promotion = Promotion(stock)
-        self.writeback = WriteBack(stock)
-        stock.on_admit = self.writeback.admitted
+        self.writebacks: list[WriteBack] = []
+        stock.on_admit = self._admitted
         self.warm_pages = 0
+
+    def add_tier(self, bit: int, below: Tier, write_delay_s: float) -> WriteBack:
+        """A tier below, slower than those before."""
+        self.promotion.tiers.append(Lower(bit, below))
+        self.writebacks.append(WriteBack(self.stock, bit, below, write_delay_s))
+        return self.writebacks[-1]
+
+    def _admitted(self, group: Group, now: float) -> None:
+        for writeback in self.writebacks:
+            writeback.admitted(group, now)
 
     # -- registration --------------------------------------------------------------------------------------
 
@@ -71,7 +87,7 @@ class Node:
             groups.append(group)
         found = tuple(group for group in groups if group is not None)
         self.leases.promise(session.id, found, now + ttl_s)  # before a fetch makes room
-        pages = self._worth(session, spec, groups, now)
+        pages = self._worth(session, spec, keys, groups, now)
         for position, group in enumerate(groups[:pages]):
             if group is None and not self.promotion.fetch(session.id, spec, keys[position], now + ttl_s, now):
                 pages = position
@@ -79,15 +95,28 @@ class Node:
         self.promotion.send()
         return wire.Found(request.request, pages)
 
-    def _worth(self, session: Session, spec: wire.NamespaceSpec, groups: list[Group | None], now: float) -> int:
+    def _worth(
+        self, session: Session, spec: wire.NamespaceSpec, keys: list[bytes], groups: list[Group | None], now: float
+    ) -> int:
         """How many leading pages to give, when those that are not in RAM (None) have to be fetched first."""
-        below = [position for position, group in enumerate(groups) if group is None]
-        if not below:
-            return len(groups)
+        places: dict[int, list[int]] = {}  # positions, by the bit of the tier that has them
+        for position, group in enumerate(groups):
+            if group is None:
+                lower = self.promotion.where(spec.digest, keys[position])
+                if lower is None and not self.promotion.on_the_way(spec.digest, [keys[position]]):
+                    groups = groups[:position]
+                    break
+                if lower is not None:
+                    places.setdefault(lower.bit, []).append(position)
+        pages = len(groups)
         rate = float(session.counters.get("prefill_tokens_per_s", 0))
-        decision = self.promotion.gate.decide(len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
-        self.counters["gate_refused_pages"] += len(below) - decision.pages
-        return below[decision.pages] if decision.pages < len(below) else len(groups)
+        for lower in self.promotion.tiers:
+            below = places.get(lower.bit, [])
+            decision = decide(lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
+            if decision.pages < len(below):
+                self.counters["gate_refused_pages"] += len(below) - decision.pages
+                pages = min(pages, below[decision.pages])
+        return pages
 
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""
@@ -161,7 +190,8 @@ class Node:
         self.counters["reservations_expired"] += len(overdue)
         self.intake.take_back(overdue)
         self.promotion.tick(now)
-        self.writeback.tick(now)
+        for writeback in self.writebacks:
+            writeback.tick(now)
         self.intake.expire(now)
 
     # -- the arena of a previous daemon --------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Pages on their way from a lower tier into RAM: fetched when a lookup finds them, long before they are read.
 
-Pure but for the tier it is handed: time is a number. A page that is being fetched owns slots which nobody reads; it is
-admitted when its bytes have arrived, and leased to everybody who asked for it meanwhile.
+Pure but for the tiers it is handed: time is a number. A page that is being fetched owns slots which nobody reads; it
+is admitted when its bytes have arrived, and promised to everybody who asked for it meanwhile.
 
 Always true: slots are given back only after the tier can write into them no more (see kvd.daemon.below).
 """
@@ -12,9 +12,8 @@ from functools import partial
 from typing import Protocol
 
 from kvd import wire
-from kvd.daemon.gate import Gate
+from kvd.daemon.gate import Disk
 from kvd.daemon.stock import Stock
-from kvd.index import LOWER
 from kvd.storage.arena import slot_bytes_for
 from kvd.storage.tier import Name, Page
 
@@ -29,14 +28,26 @@ class Source(Protocol):
     def ready(self) -> bool: ...
 
     def load(
-        self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None], float], None]
+        self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None]], None]
     ) -> None: ...
+
+
+@dataclass(slots=True)
+class Lower:
+    """A tier that pages come from: its bit, what is known of its speed, how many pages came and did not."""
+
+    bit: int
+    source: Source
+    disk: Disk = field(default_factory=Disk)
+    came: int = 0
+    failed: int = 0
 
 
 @dataclass(slots=True)
 class Fetch:
     """One page on its way. `askers` are sessions and until when each wants it held."""
 
+    lower: Lower
     spec: wire.NamespaceSpec
     key: bytes
     slots: tuple[int, ...]
@@ -57,18 +68,16 @@ class Waiter:
 
 
 class Promotion:
-    """`source` is None where there is no lower tier."""
+    """`tiers` are the lower tiers, the fastest first."""
 
     def __init__(self, stock: Stock) -> None:
-        self.source: Source | None = None
+        self.tiers: list[Lower] = []
         self.clock: Callable[[], float] = lambda: 0.0
         self._stock = stock
         self._arena = stock.arena
-        self._index = stock.index
         self._leases = stock.leases
         self._residency = stock.residency
         self._counters = stock.counters
-        self.gate = Gate()
         self._fetches: dict[Name, Fetch] = {}
         self._unsent: list[Fetch] = []
         self._waiters: list[Waiter] = []
@@ -78,7 +87,8 @@ class Promotion:
         name = spec.digest + key
         fetch = self._fetches.get(name)
         if fetch is None:
-            if self.source is None or not self.source.ready or self._index.place(spec.digest, key) != LOWER:
+            lower = self.where(spec.digest, key)
+            if lower is None:
                 return False
             if len(self._fetches) >= MAX_FETCHES:
                 self._counters["promotions_refused"] += 1
@@ -86,10 +96,15 @@ class Promotion:
             slots = self._take(spec, now)
             if slots is None:
                 return False
-            fetch = self._fetches[name] = Fetch(spec, key, slots)
+            fetch = self._fetches[name] = Fetch(lower, spec, key, slots)
             self._unsent.append(fetch)
         fetch.askers[session] = max(until, fetch.askers.get(session, until))
         return True
+
+    def where(self, namespace: bytes, key: bytes) -> Lower | None:
+        """The tier that would be asked for a page, or None: it is in RAM, or nowhere that can be asked."""
+        held = self._stock.below(namespace, key) if self.tiers else 0
+        return next((lower for lower in self.tiers if held & lower.bit and lower.source.ready), None)
 
     def _take(self, spec: wire.NamespaceSpec, now: float) -> tuple[int, ...] | None:
         slots: list[int] = []
@@ -104,31 +119,32 @@ class Promotion:
         return tuple(slots)
 
     def send(self) -> None:
-        """Ask the tier for what `fetch` collected."""
+        """Ask the tiers for what `fetch` collected."""
         unsent, self._unsent = self._unsent, []
-        for at in range(0, len(unsent), _AT_ONCE):
-            batch = unsent[at : at + _AT_ONCE]
-            wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
-            assert self.source is not None, "`fetch` saw it"
-            self.gate.disk.begun(sum(f.size for f in batch), self.clock())
-            self.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, batch))
+        for lower in self.tiers if unsent else ():
+            mine = [fetch for fetch in unsent if fetch.lower is lower]
+            for at in range(0, len(mine), _AT_ONCE):
+                batch = mine[at : at + _AT_ONCE]
+                wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
+                lower.disk.begun(sum(f.size for f in batch), self.clock())
+                lower.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, lower, batch))
 
-    def _arrived(self, batch: list[Fetch], pages: list[Page | None], _: float) -> None:
+    def _arrived(self, lower: Lower, batch: list[Fetch], pages: list[Page | None]) -> None:
         now = self.clock()
         came = sum(fetch.size for fetch, page in zip(batch, pages, strict=True) if page is not None)
-        self.gate.disk.ended(sum(fetch.size for fetch in batch), came, now)
+        lower.disk.ended(sum(fetch.size for fetch in batch), came, now)
         for fetch, page in zip(batch, pages, strict=True):
-            name = fetch.spec.digest + fetch.key
-            del self._fetches[name]
+            del self._fetches[fetch.spec.digest + fetch.key]
             if page is None or self._residency.get(fetch.spec.digest, fetch.key) is not None:
                 for slot in fetch.slots:
                     self._arena.give(slot)
-                if page is None and self._index.place(fetch.spec.digest, fetch.key) == LOWER:
-                    self._index.withdraw(fetch.spec.digest, fetch.key)
-                    self._counters["promotions_failed"] += 1
+                if page is None:
+                    self._stock.below_lacks(lower.bit, fetch.spec.digest, fetch.key)
+                    lower.failed += 1
                 continue
             group = self._stock.admit_page(page, fetch.slots, now)
             self._counters["pages_promoted"] += 1
+            lower.came += 1
             for session, until in fetch.askers.items():
                 self._leases.promise(session, (group,), until)
         self._settle(now)

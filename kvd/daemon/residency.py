@@ -37,7 +37,7 @@ class Group:
     pins: int = 0
     used: bool = False  # since the hand last passed
     leaving: bool = False  # chosen for eviction, not gone yet
-    durable: bool = False  # a tier below holds it too
+    below: int = 0  # a bit for each tier below that holds it too
 
     @property
     def place(self) -> int:

@@ -58,6 +58,8 @@ def open_room(settings: DaemonSettings, inherited: dict[str, int]) -> Iterator[R
         pages = size // _TYPICAL_PAGE_BYTES
         if settings.nvme.path is not None:
             pages += settings.nvme.size_bytes // _TYPICAL_PAGE_BELOW_BYTES
+        if settings.shared.uri is not None:
+            pages += settings.shared.quota_bytes // _TYPICAL_PAGE_BELOW_BYTES
         entries = entries_for(min(pages, 1 << 24))
         index_fd = os.memfd_create("kvd-index", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(index_fd, index_bytes(entries))

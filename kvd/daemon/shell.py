@@ -14,9 +14,9 @@ from collections.abc import Callable
 from kvd import __version__, wire
 from kvd.daemon import scratch, status, systemd
 from kvd.daemon.data import DataSocket
+from kvd.daemon.lower import open_lower
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
-from kvd.daemon.nvme import open_nvme
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
 from kvd.errors import PeerError, Refused, VersionSkew
@@ -53,7 +53,7 @@ class Shell:
         self._members = Members(listener, settings.max_sessions, self._answer, self._gone)
         self._data = DataSocket(settings.run_dir / DATA_SOCKET, settings.socket_mode, self._answer_worker, self._drop)
         self._by_ticket: dict[bytes, Member] = {}
-        self._nvme = open_nvme(settings, room)
+        self._lower = open_lower(settings, room)
 
     # -- kvd.sock ------------------------------------------------------------------------------------------
 
@@ -184,8 +184,8 @@ class Shell:
         interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
         while True:
             self._node.tick(time.monotonic())
-            if self._nvme is not None:
-                self._nvme.tick(time.monotonic())
+            for below in self._lower:
+                below.tick(time.monotonic())
             gc.collect(1)
             if interval_s is not None:
                 systemd.notify("WATCHDOG=1")
@@ -210,20 +210,22 @@ class Shell:
     def status(self) -> wire.Status:
         return status.status(
             self._node, self._settings, self._room, time.monotonic(), self._started, self.prefaulted,
-            self._data.dropped, self._nvme,
+            self._data.dropped, self._lower,
         )  # fmt: skip
 
     async def flush(self) -> None:
-        """Before a clean stop: write what the lower tier does not have yet, as far as time allows."""
-        writeback, until = self._node.writeback, time.monotonic() + self._settings.nvme.flush_s
-        while self._nvme is not None and self._nvme.ready and not writeback.idle and time.monotonic() < until:
-            writeback.tick(time.monotonic(), hurry=True)
+        """Before a clean stop: write what the lower tiers do not have yet, as far as time allows."""
+        until = time.monotonic() + self._settings.flush_s
+        pairs = list(zip(self._lower, self._node.writebacks, strict=True))
+        while any(below.ready and len(writeback) for below, writeback in pairs) and time.monotonic() < until:
+            for _, writeback in pairs:
+                writeback.tick(time.monotonic(), hurry=True)
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
         self.closing = True
-        if self._nvme is not None:
-            self._nvme.close()
+        for below in self._lower:
+            below.close()
         self._members.close()
         self._data.close()
         (self._settings.run_dir / SOCKET).unlink(missing_ok=True)

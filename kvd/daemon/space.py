@@ -133,7 +133,7 @@ class Space:
 
     def _forget(self, group: Group, quarantined: bool = False) -> None:
         self._residency.remove(group)
-        if group.durable:
-            self._index.publish(group.namespace, group.key, LOWER, 0)
+        if group.below:
+            self._index.publish(group.namespace, group.key, LOWER | group.below, 0)
         for slot in group.slots:
             self._arena.give(slot, quarantined=quarantined)

@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import psutil
 
@@ -10,9 +10,11 @@ from kvd import __version__, wire
 from kvd.daemon import telemetry
 from kvd.daemon.below import Below
 from kvd.daemon.node import Node
+from kvd.daemon.promotion import Lower
 from kvd.daemon.residency import Group
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
+from kvd.daemon.writeback import WriteBack
 from kvd.places import SOCKET
 from kvd.settings import DaemonSettings
 
@@ -25,7 +27,7 @@ def status(
     started: float,
     prefaulted: int,
     strangers: int,
-    below: Below | None = None,
+    lower: Sequence[Below],
 ) -> wire.Status:
     """The daemon at a glance."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -51,7 +53,7 @@ def status(
         socket=str(settings.run_dir / SOCKET),
         arena=f"{room.memory.name}, {'parked with systemd' if room.parked else 'kept by name'}",
         warm_pages=node.warm_pages,
-        tiers=[tier, *([_below(node, below)] if below is not None else [])],
+        tiers=[tier, *(_below(b, w, c) for b, w, c in zip(lower, node.writebacks, node.promotion.tiers, strict=True))],
         workers=[_worker(node, s, now) for s in node.sessions.all() if s.role == "worker"],
         counters=counters,
         rss_bytes=psutil.Process().memory_info().rss,
@@ -61,12 +63,15 @@ def status(
     )
 
 
-def _below(node: Node, below: Below) -> wire.TierStatus:
-    gauge, counters = below.gauge, node.counters
+def _below(below: Below, writeback: WriteBack, source: Lower) -> wire.TierStatus:
+    gauge = below.gauge
+    counters = {
+        **gauge.counters, "restarts": below.restarts, "waiting_to_be_written": len(writeback),
+        "loads_bytes_per_s": int(source.disk.bytes_per_s), "bytes_on_the_way": source.disk.on_the_way,
+    }  # fmt: skip
     return wire.TierStatus(
-        below.name, gauge.bytes_total, gauge.bytes_used, gauge.pages, counters.get("pages_promoted", 0),
-        counters.get("promotions_failed", 0), gauge.counters.get("evicted", 0), 0, 0, 0, below.trouble,
-        {**gauge.counters, "restarts": below.restarts, "waiting_to_be_written": len(node.writeback)},
+        below.name, gauge.bytes_total, gauge.bytes_used, gauge.pages, source.came, source.failed,
+        gauge.counters.get("evicted", 0), 0, 0, 0, below.trouble, counters,
     )  # fmt: skip
 
 

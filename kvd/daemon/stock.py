@@ -1,7 +1,7 @@
 """The pages of RAM and all that is known of them, as one thing that the rest of the daemon works on. No clock, no I/O.
 
 Always true: a page is in the index as resident exactly while it is in `residency`; when it leaves RAM and a tier below
-has it (`durable`), the index says so instead.
+has it (`Group.below`), the index says so instead.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ class Stock:
         """A whole page becomes resident and visible. The caller has sealed its slots, and checked that it is not."""
         size_class = self.arena.slot_bytes(slots[0])
         group = self.residency.admit(namespace, key, parent, slots, length, size_class, now)
-        group.durable = self.index.place(namespace, key) == LOWER
+        group.below = self.below(namespace, key)
         if not self.index.publish(namespace, key, group.place, group.depth):
             self._make_room_in_index(group, now)
             if not self.index.publish(namespace, key, group.place, group.depth):
@@ -47,7 +47,9 @@ class Stock:
 
     def _make_room_in_index(self, group: Group, now: float) -> None:
         """RAM comes first: names of pages below it go, and only then pages of RAM, but not the one that just came."""
-        if not self.index.make_room(EVICT_AT_ONCE):
+        dropped = self.index.make_room(EVICT_AT_ONCE)
+        self.counters["names_below_dropped"] += dropped
+        if not dropped:
             group.leaving = True
             self.space.evict(group.size_class, EVICT_AT_ONCE, now)
             group.leaving = False
@@ -62,25 +64,34 @@ class Stock:
 
     # -- what a tier below holds ---------------------------------------------------------------------------
 
-    def below_changed(self, came: list[Name], left: list[Name]) -> None:
-        """Names that a lower tier holds now, or holds no more."""
-        for name in came:
-            namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
-            group = self.residency.get(namespace, key)
-            if group is not None:
-                group.durable = True
-            elif not self.index.publish(namespace, key, LOWER, 0):
-                self.counters["index_full"] += 1
-        for name in left:
-            namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
-            group = self.residency.get(namespace, key)
-            if group is not None:
-                group.durable = False
-            elif self.index.place(namespace, key) == LOWER:
-                self.index.withdraw(namespace, key)
+    def below(self, namespace: bytes, key: bytes) -> int:
+        """The tiers, by their bits, that hold a page which is not in RAM."""
+        place = self.index.place(namespace, key)
+        return place ^ LOWER if place is not None and place & LOWER else 0
 
-    def below_forgotten(self) -> None:
-        """What the lower tier holds is unknown until it says so again."""
-        self.index.withdraw_lower()
+    def below_changed(self, tier: int, came: list[Name], left: list[Name]) -> None:
+        """Names that a lower tier (its bit) holds now, or holds no more."""
+        for names, held in ((came, tier), (left, 0)):
+            for name in names:
+                namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
+                group = self.residency.get(namespace, key)
+                if group is not None:
+                    group.below = group.below & ~tier | held
+                else:
+                    self._show_below(namespace, key, self.below(namespace, key) & ~tier | held)
+
+    def _show_below(self, namespace: bytes, key: bytes, tiers: int) -> None:
+        if not tiers:
+            self.index.withdraw(namespace, key)
+        elif not self.index.publish(namespace, key, LOWER | tiers, 0):
+            self.counters["index_full"] += 1
+
+    def below_lacks(self, tier: int, namespace: bytes, key: bytes) -> None:
+        """A lower tier was asked for a page and does not have it."""
+        self.below_changed(tier, [], [namespace + key])
+
+    def below_forgotten(self, tier: int) -> None:
+        """What a lower tier holds is unknown until it says so again."""
+        self.index.withdraw_lower(tier)
         for group in self.residency:
-            group.durable = False
+            group.below &= ~tier

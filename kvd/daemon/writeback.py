@@ -30,30 +30,27 @@ class Sink(Protocol):
 
 
 class WriteBack:
-    """`sink` is None where there is no lower tier."""
+    """To one lower tier, whose bit is `tier`. `delay_s` is how long a new page waits for others."""
 
-    def __init__(self, stock: Stock) -> None:
-        self.sink: Sink | None = None
-        self.delay_s = 1.0
+    def __init__(self, stock: Stock, tier: int, sink: Sink, delay_s: float) -> None:
+        self._tier = tier
+        self._sink = sink
+        self._delay_s = delay_s
         self._arena = stock.arena
         self._residency = stock.residency
         self._leases = stock.leases
         self._labels = stock.labels
         self._counters = stock.counters
         self._queue: deque[tuple[float, int]] = deque()  # when it came, its place
-        self._writing = False
+        self._writing = 0  # pages of the batch that is under way
 
     def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is waiting or being written."""
-        return not self._queue and not self._writing
+        """Pages that wait or are being written."""
+        return len(self._queue) + self._writing
 
     def admitted(self, group: Group, now: float) -> None:
         """A page has become resident."""
-        if self.sink is None or group.durable:
+        if group.below & self._tier:
             return
         if len(self._queue) >= MAX_QUEUE:
             self._queue.popleft()
@@ -62,17 +59,17 @@ class WriteBack:
 
     def tick(self, now: float, hurry: bool = False) -> None:
         """Send the next batch, unless one is under way. With `hurry`, what has just come too."""
-        if self._writing or self.sink is None or not self.sink.ready:
+        if self._writing or not self._sink.ready:
             return
         batch: list[Group] = []
         size = 0
         while self._queue and len(batch) < _BATCH_PAGES and size < BATCH_BYTES:
             came, place = self._queue[0]
-            if came + self.delay_s > now and not hurry:
+            if came + self._delay_s > now and not hurry:
                 break
             self._queue.popleft()
             group = self._residency.by_place(place)
-            if group is None or group.durable or group.leaving or not self._worth(group):
+            if group is None or group.below & self._tier or group.leaving or not self._worth(group):
                 continue
             batch.append(group)
             size += group.size_class * len(group.slots)
@@ -80,18 +77,18 @@ class WriteBack:
             return
         lease = self._leases.grant(_NOBODY, tuple(batch), now, _LEASE_S)
         pages = [(self._page(group), [self._arena.offset(slot) for slot in group.slots]) for group in batch]
-        self._writing = True
+        self._writing = len(batch)
 
         def done(flags: list[bool]) -> None:
-            self._writing = False
+            self._writing = 0
             self._leases.release(lease.id, _NOBODY)
             for group, stored in zip(batch, flags, strict=True):
                 if stored:
-                    group.durable = True
+                    group.below |= self._tier
             self._counters["pages_written_back"] += sum(flags)
             self._counters["writes_back_refused"] += len(flags) - sum(flags)
 
-        self.sink.store(pages, done)
+        self._sink.store(pages, done)
 
     def _worth(self, group: Group) -> bool:
         """Its headers are sound, and it is no page that leaves with its session."""

@@ -118,6 +118,7 @@ class SharedTier:
             used = min(self._files.bytes_used, self._quota_bytes)
             return Usage(len(self._files.copies), used, self._quota_bytes)
 
+    @property
     def counters(self) -> dict[str, int]:
         """Misses, skipped files and housekeeping, by reason."""
         return dict(self._files.counters)

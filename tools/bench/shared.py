@@ -154,7 +154,7 @@ def _tier(name: str, tier: SharedTier, pages: Pages) -> Run:
         get_s, loaded = timed(tier.get, asked)
         pages.check()
         one_s, single = timed(lambda: [tier.get([one])[0] for one in asked])
-        assert all([*stored, *loaded, *single]), tier.counters()
+        assert all([*stored, *loaded, *single]), tier.counters
         tier.remove([page.name for page, _ in batch])
         return {
             f"{name} write": pages.rate(put_s),

@@ -1,4 +1,4 @@
-"""Two real SGLang workers and one kvd: the same long prompts, answered from every place the cache can be.
+"""Real SGLang workers and kvd, then a second node: the same prompts, answered from every place the cache can be.
 
     python -m tools.demo [--keep] [--json]
 
@@ -10,9 +10,11 @@ import contextlib
 import json
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -86,7 +88,7 @@ class Demo:
                 Row(what, name, got.prompt_tokens, got.ttft_s, got.cached, cold.ttft_s / got.ttft_s, same, hit)
             )
 
-    def run(self, kvd: Kvd, a: SglangServer, b: SglangServer) -> None:
+    def run(self, kvd: Kvd, other: Kvd, a: SglangServer, b: SglangServer, c: SglangServer) -> None:
         self.step("starting kvd and two SGLang workers (about half a minute on two cores)")
         kvd.start()
         a.start()
@@ -121,27 +123,29 @@ class Demo:
         kvd.wait_for_workers(2)
         a.flush_cache()
         self.measure("kvd: kvd killed -9, restarted", a, "storage")
-        self.step("the whole node restarts: both workers, kvd and its memory are gone, only the disk is left")
+        self.step("the whole node restarts: workers, kvd and its memory are gone, only the disk is left;")
+        self.step("and a second node starts, with a kvd of its own, that shares only a folder with the first")
         kvd.wait_until_written()
         for server in (a, b):
             server.kill()
         kvd.kill(and_memory=True)
-        kvd.start()
-        a.start()
-        b.start()
-        a.wait_ready()
-        b.wait_ready()
-        kvd.wait_for_workers(2)
-        kvd.wait_for_nvme()
-        a.chat([{"role": "user", "content": "Hello"}], 4)
+        for node, server in ((kvd, a), (other, c)):
+            node.start()
+            server.start()
+        for node, server in ((kvd, a), (other, c)):
+            server.wait_ready()
+            node.wait_for_workers(1)
+            node.wait_for_tiers()
+            server.chat([{"role": "user", "content": "Hello"}], 4)
         self.measure("kvd: node restarted, from NVMe", a, "storage")
+        self.measure("kvd: on the second node, shared", c, "storage")
 
     @property
     def fine(self) -> bool:
         return bool(self.rows) and all(row.same_output and row.hit_as_expected for row in self.rows)
 
     def table(self) -> Table:
-        table = Table(title="SmolLM2-135M on SGLang 0.5.23, two workers on this machine's CPU", title_justify="left")
+        table = Table(title="SmolLM2-135M on SGLang 0.5.23, on this machine's CPU", title_justify="left")
         for name in ("prefix from", "request"):
             table.add_column(name, no_wrap=True)
         for name in ("prompt", "TTFT", "device", "host", "kvd", "vs cold", "same output"):
@@ -165,13 +169,16 @@ def main() -> int:
     console = Console(stderr=arguments.json, highlight=False)
     if not console.is_terminal:
         console.width = 120
-    demo, kvd = Demo(console), Kvd()
+    demo = Demo(console)
     with contextlib.ExitStack() as stack:
-        stack.callback(kvd.stop)
-        a, b = worker("worker-a", kvd), worker("worker-b", kvd)
-        for server in (a, b):
+        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvd-demo-shared-")))
+        kvd, other = Kvd(shared, "one"), Kvd(shared, "two")
+        for node in (kvd, other):
+            stack.callback(node.stop)
+        a, b, c = worker("worker-a", kvd), worker("worker-b", kvd), worker("worker-c", other)
+        for server in (a, b, c):
             stack.callback(server.stop)
-        demo.run(kvd, a, b)
+        demo.run(kvd, other, a, b, c)
         if arguments.json:
             print(json.dumps([asdict(row) for row in demo.rows]))
         else:
@@ -183,11 +190,11 @@ def main() -> int:
         if not demo.fine:
             console.print(f"[red]An output differed or a hit is missing.[/] Logs: {LOGS}")
         if arguments.keep:
-            _keep(console, kvd, a, b)
+            _keep(console, kvd, a, c)
     return 0 if demo.fine else 1
 
 
-def _keep(console: Console, kvd: Kvd, a: SglangServer, b: SglangServer) -> None:
+def _keep(console: Console, kvd: Kvd, a: SglangServer, c: SglangServer) -> None:
     console.print(
         f"\nStill running. Try, in another terminal:\n"
         f"  export KVD_RUN_DIR={kvd.folder}\n"
@@ -196,7 +203,7 @@ def _keep(console: Console, kvd: Kvd, a: SglangServer, b: SglangServer) -> None:
         f"  .venvs/dev/bin/kvdctl doctor\n"
         f"  curl -s http://127.0.0.1:{a.port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "m", "max_tokens": 40, "messages": [{{"role": "user", "content": "Who are you?"}}]}}\'\n'
-        f"Worker B listens on port {b.port}. Press Ctrl-C to end everything."
+        f"Worker C, on the second node, listens on port {c.port}. Press Ctrl-C to end everything."
     )
     with contextlib.suppress(KeyboardInterrupt):
         while True:

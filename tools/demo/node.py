@@ -23,9 +23,9 @@ PAGE_TOKENS = 64
 
 
 class Kvd:
-    """A real `kvd` process; `kill` is kill -9."""
+    """A real `kvd` process, one node's. `kill` is kill -9; `shared` is where it and other nodes keep their files."""
 
-    def __init__(self, arena_mib: int = 1024) -> None:
+    def __init__(self, shared: Path, name: str, arena_mib: int = 1024) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvd-demo-"))
         self.socket = self.folder / SOCKET
         self._env = {
@@ -34,6 +34,10 @@ class Kvd:
             "KVD_ARENA__SIZE_BYTES": str(arena_mib << 20),
             "KVD_NVME__PATH": str(self.folder / "nvme"),
             "KVD_NVME__SIZE_BYTES": str(2 << 30),
+            "KVD_SHARED__URI": str(shared),
+            "KVD_SHARED__NODE": name,
+            "KVD_SHARED__QUOTA_BYTES": str(2 << 30),
+            "KVD_SHARED__WRITE_DELAY_S": "2",
         }
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,19 +76,19 @@ class Kvd:
             time.sleep(0.05)
 
     def wait_until_written(self, timeout_s: float = 30) -> None:
-        """Until the NVMe tier has every page."""
+        """Until the lower tiers have every page."""
         deadline = time.monotonic() + timeout_s
-        while self.status().tiers[1].counters["waiting_to_be_written"]:
+        while any(tier.counters["waiting_to_be_written"] for tier in self.status().tiers[1:]):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the NVMe tier takes nothing: {self.status().tiers[1].trouble or 'too slow'}")
+                raise RuntimeError(f"the lower tiers do not take the pages; see {LOGS / 'kvd.log'}")
             time.sleep(0.05)
 
-    def wait_for_nvme(self, timeout_s: float = 20) -> None:
-        """Until the NVMe tier is open."""
+    def wait_for_tiers(self, timeout_s: float = 20) -> None:
+        """Until the lower tiers are open."""
         deadline = time.monotonic() + timeout_s
-        while trouble := self.status().tiers[1].trouble:
+        while trouble := [tier.trouble for tier in self.status().tiers if tier.trouble]:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the NVMe tier does not open: {trouble}")
+                raise RuntimeError(f"a lower tier does not open: {trouble[0]}")
             time.sleep(0.05)
 
     def kill(self, and_memory: bool = False) -> None:

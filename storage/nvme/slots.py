@@ -1,9 +1,7 @@
 """Which slots of the segments are free, taken, being read, or next to be evicted. Pure: no clock, no I/O.
 
-A *segment* belongs to one size class (bytes of a slot) or to none; a *slot* is an int, segment << 20 | position.
-A slot is FREE -> RESERVED (being written) -> USED <-> TOUCHED (read since the hand passed) -> LEAVING (its record is
-being deleted) -> FREE, or DOOMED in between while somebody still reads it. State is a byte a slot and the name 48, so
-searching is memchr and 10**6 pages are 50 MB.
+A *segment* belongs to one size class (bytes of a slot) or to none; a *slot* is an int, segment << 20 | position, and
+in one of the states that sizeclass.py draws.
 
 Always true: no slot that is being read is evicted or handed out; a slot is handed out only from FREE.
 
@@ -12,55 +10,27 @@ segment that nobody used since the hand of the class in need last came round, fo
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvd.storage.tier import NAME_BYTES, Name
+from kvd.storage.nvme.sizeclass import (
+    DOOMED,
+    FREE,
+    HELD,
+    LEAVING,
+    POSITION_BITS,
+    RESERVED,
+    TOUCHED,
+    USED,
+    Names,
+    Segment,
+    SizeClass,
+)
+from kvd.storage.tier import Name
 
-POSITION_BITS: Final = 20
 _POSITION: Final = (1 << POSITION_BITS) - 1
-FREE, RESERVED, USED, TOUCHED, LEAVING, DOOMED = range(6)
-_HELD: Final = (USED, TOUCHED)
-_SPARED: Final = bytes(USED if state == TOUCHED else state for state in range(256))  # the hand takes the chance away
-
-Names = npt.NDArray[np.void]
-Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class Segment:
-    """One segment file's slots."""
-
-    slot_bytes: int
-    state: bytearray
-    readers: bytearray
-    names: Names
-    free: int
-    used_at: int  # the clock when a page of it was last read or written
-
-    @classmethod
-    def empty(cls, slot_bytes: int, slots: int, now: int) -> "Segment":
-        return cls(slot_bytes, bytearray(slots), bytearray(slots), np.zeros(slots, f"V{NAME_BYTES}"), slots, now)
-
-    @property
-    def in_flight(self) -> bool:
-        """Some slot is being read or written, or is on its way out."""
-        read = self.readers.count(0) != len(self.readers)
-        return read or any(state in self.state for state in (RESERVED, LEAVING, DOOMED))
-
-
-@dataclass(slots=True)
-class Class:
-    """The segments of one size class, and the hand that goes round them."""
-
-    segments: list[int] = field(default_factory=list)
-    roomy: set[int] = field(default_factory=set)  # those with free slots
-    at: int = 0
-    position: int = 0
-    since: int = 0  # the clock when the hand began its round
 
 
 class Slots:
@@ -68,7 +38,7 @@ class Slots:
 
     def __init__(self, segments: int) -> None:
         self._segments: list[Segment | None] = [None] * segments
-        self._classes: dict[int, Class] = {}
+        self._classes: dict[int, SizeClass] = {}
         self._clock = 0
 
     # -- segments ------------------------------------------------------------------------------------------
@@ -85,7 +55,7 @@ class Slots:
         """Give a segment of no class to one."""
         assert self._segments[number] is None, "the segment belongs to a class"
         self._segments[number] = Segment.empty(slot_bytes, slots, self._clock)
-        of_class = self._classes.setdefault(slot_bytes, Class(since=self._clock))
+        of_class = self._classes.setdefault(slot_bytes, SizeClass(since=self._clock))
         of_class.segments.append(number)
         of_class.roomy.add(number)
 
@@ -122,7 +92,7 @@ class Slots:
     def leave_all(self, number: int) -> list[int]:
         """Every page of a segment leaves: its slots, now LEAVING."""
         segment = self._segment(number)
-        found = [position for position, state in enumerate(segment.state) if state in _HELD]
+        found = [position for position, state in enumerate(segment.state) if state in HELD]
         for position in found:
             assert not segment.readers[position], "a slot that is being read"
             segment.state[position] = LEAVING
@@ -184,7 +154,7 @@ class Slots:
     def pin(self, slot: int) -> bool:
         """Begin reading. False: the page is leaving or not quite there yet."""
         segment, position = self._of(slot)
-        if segment.state[position] not in _HELD or segment.readers[position] == 255:
+        if segment.state[position] not in HELD or segment.readers[position] == 255:
             return False
         segment.readers[position] += 1
         segment.state[position] = TOUCHED
@@ -205,29 +175,8 @@ class Slots:
 
     def victims(self, slot_bytes: int, count: int) -> list[int]:
         """Up to `count` pages of the class that leave next, now LEAVING."""
-        found: list[int] = []
         of_class = self._classes.get(slot_bytes)
-        if of_class is None:
-            return found
-        for _ in range(2 * len(of_class.segments) + 1):  # once round to take chances away, once more to use that
-            number = of_class.segments[of_class.at]
-            segment = self._segment(number)
-            while len(found) < count:
-                position = segment.state.find(USED, of_class.position)
-                passed = slice(of_class.position, position if position >= 0 else None)
-                segment.state[passed] = segment.state[passed].translate(_SPARED)
-                if position < 0:
-                    break
-                of_class.position = position + 1
-                if not segment.readers[position]:
-                    segment.state[position] = LEAVING
-                    found.append(number << POSITION_BITS | position)
-            if len(found) == count:
-                break
-            of_class.position, of_class.at = 0, (of_class.at + 1) % len(of_class.segments)
-            if of_class.at == 0:
-                of_class.since = self._clock
-        return found
+        return of_class.victims(self._segments, count, self._clock) if of_class else []
 
     def name(self, slot: int) -> Name:
         segment, position = self._of(slot)
@@ -260,7 +209,7 @@ class Slots:
         for number, segment in enumerate(self._segments):
             if segment is None:
                 continue
-            held |= {number << POSITION_BITS | at for at, state in enumerate(segment.state) if state in _HELD}
+            held |= {number << POSITION_BITS | at for at, state in enumerate(segment.state) if state in HELD}
             if segment.free != segment.state.count(FREE):
                 found.append(f"segment {number} counts {segment.free} free slots")
             if (number in self._classes[segment.slot_bytes].roomy) != bool(segment.free):

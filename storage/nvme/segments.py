@@ -28,8 +28,8 @@ import numpy as np
 import xxhash
 
 from kvd.storage.failpoints import reach
-from kvd.storage.slots import POSITION_BITS
-from kvd.storage.tier import Buffers, TierError
+from kvd.storage.nvme.sizeclass import POSITION_BITS
+from kvd.storage.tier import Buffers, Page, TierError
 
 MAGIC: Final = b"KVDSEGMT"
 VERSION: Final = 1
@@ -44,8 +44,15 @@ def aligned(count: int) -> int:
     return -(-count // ALIGN) * ALIGN
 
 
-def slots_per_segment(segment_bytes: int, slot_bytes: int) -> int:
-    return min((segment_bytes - ALIGN) // slot_bytes, _POSITION + 1)
+def slot_bytes_of(page: Page) -> int:
+    return page.shards * aligned(page.length)
+
+
+def fits(page: Page, buffers: Buffers) -> bool:
+    """The page can be stored, and these are buffers for it."""
+    if not 0 < page.length < 1 << 32 or not 0 < page.shards == len(buffers) < 1 << 16:
+        return False
+    return all(len(buffer) == aligned(page.length) for buffer in buffers)
 
 
 class Segments:
@@ -89,7 +96,7 @@ class Segments:
         magic, version, own, catalog, slot_bytes, slots = HEADER.unpack_from(page)
         sealed = _SEAL.unpack_from(page, HEADER.size)[0] == xxhash.xxh3_64_intdigest(page[: HEADER.size])
         known = (magic, version, own, catalog) == (MAGIC, VERSION, number, self._catalog)
-        if sealed and known and slot_bytes and slots == slots_per_segment(self._bytes, slot_bytes):
+        if sealed and known and slot_bytes and slots == self.slots_of(slot_bytes):
             self._files[number], self._slot_bytes[number] = descriptor, slot_bytes
         else:
             os.close(descriptor)
@@ -122,7 +129,7 @@ class Segments:
     def assign(self, number: int, slot_bytes: int) -> None:
         """Give a segment, of which the catalog knows no page, to a size class. Durable when it returns."""
         page = memoryview(mmap.mmap(-1, ALIGN))
-        slots = slots_per_segment(self._bytes, slot_bytes)
+        slots = self.slots_of(slot_bytes)
         HEADER.pack_into(page, 0, MAGIC, VERSION, number, self._catalog, slot_bytes, slots)
         _SEAL.pack_into(page, HEADER.size, xxhash.xxh3_64_intdigest(page[: HEADER.size]))
         reach("segments.assign.before_header")
@@ -132,6 +139,10 @@ class Segments:
         os.fdatasync(self._files[number])
         reach("segments.assign.after_sync")
         self._slot_bytes[number] = slot_bytes
+
+    def slots_of(self, slot_bytes: int) -> int:
+        """How many such slots a segment has; 0: they are too large."""
+        return min((self._bytes - ALIGN) // slot_bytes, _POSITION + 1)
 
     def __contains__(self, number: int) -> bool:
         return number in self._files

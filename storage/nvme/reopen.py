@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvd.storage.catalog import Heads
-from kvd.storage.segments import ALIGN
-from kvd.storage.slots import FREE, POSITION_BITS, USED, Numbers, Slots
+from kvd.storage.nvme.catalog import Heads
+from kvd.storage.nvme.segments import ALIGN
+from kvd.storage.nvme.sizeclass import FREE, POSITION_BITS, USED, Numbers
+from kvd.storage.nvme.slots import Slots
 from kvd.storage.tier import NAME_BYTES, Name
 
 

@@ -1,0 +1,1 @@
+"""`kvdctl simulate`: replays recorded workloads through the policies, in virtual time."""

@@ -1,0 +1,165 @@
+"""A real kvd whose NVMe tier lies on a block device that fails: an ext4 on a loop device, cut short under its feet.
+
+Beyond the cut the kernel answers reads and writes with EIO. What LMDB maps of it kills the tier's process (SIGBUS),
+what is opened or read there is refused; either way kvd stays up, says so, and serves from RAM.
+"""
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvd import wire
+from kvd.pages import chain
+from tests.harness import MIB, Daemon, PluginProcess, eventually
+from tests.kvdctl import doctor, of
+
+LOOP_SET_STATUS64, LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+SIZE_LIMIT = struct.Struct("<32xQ")  # where struct loop_info64 has lo_sizelimit; 0: none
+LOOP_INFO_BYTES = 232
+PAGES = 60
+
+
+def span(conversation: int) -> list[str]:
+    return [key.hex() for key in chain([conversation, *range(4 * PAGES - 1)], 4)]
+
+
+def run(*command: object) -> str:
+    """What it prints. Raises OSError where it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip() or f"{command[0]} failed")
+    return done.stdout.strip()
+
+
+class Device:
+    """An ext4 in a file, behind a loop device that can be made to fail."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mount_point = folder / "mnt"
+        self.mount_point.mkdir()
+        (self.mount_point / "tier").write_text("")  # so that nothing is stored beneath the mount point
+        image = folder / "disk.img"
+        with image.open("wb") as file:
+            file.truncate(384 * MIB)
+        self.path = run("losetup", "--find", "--show", image)
+
+    def format(self) -> None:
+        run("mkfs.ext4", "-q", "-F", self.path)
+
+    def mount(self) -> None:
+        run("mount", self.path, self.mount_point)
+
+    def unmount(self) -> bool:
+        """False: somebody is at it."""
+        try:
+            run("umount", self.mount_point)
+        except OSError as why:
+            return "not mounted" in str(why)
+        return True
+
+    def cut(self, size_bytes: int) -> None:
+        """Beyond `size_bytes` everything fails from now on; 0: nothing does."""
+        with open(self.path, "rb") as device:
+            info = bytearray(LOOP_INFO_BYTES)
+            fcntl.ioctl(device, LOOP_GET_STATUS64, info)
+            info[: SIZE_LIMIT.size] = info[:32] + size_bytes.to_bytes(8, "little")
+            fcntl.ioctl(device, LOOP_SET_STATUS64, bytes(info))
+
+    def forget_cached(self, path: Path) -> None:
+        """What the kernel keeps of a file in memory, as far as nobody maps it, and of that file alone."""
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        eventually(self.unmount, 20, "the device is unmounted")
+        run("losetup", "--detach", self.path)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    if os.geteuid() != 0:
+        pytest.skip("loop devices and mounting take root")
+    if missing := [tool for tool in ("losetup", "mkfs.ext4", "mount") if not shutil.which(tool)]:
+        pytest.skip(f"not installed: {missing}")
+    try:
+        device = Device(tmp_path)
+    except OSError as why:
+        pytest.skip(f"no loop device here: {why}")
+    try:
+        device.format()
+        device.mount()
+    except OSError as why:
+        run("losetup", "--detach", device.path)
+        pytest.skip(f"no ext4 can be mounted here: {why}")
+    try:
+        yield device
+    finally:
+        device.cut(0)
+        device.close()
+
+
+def nvme(daemon: Daemon) -> wire.TierStatus:
+    return daemon.status().tiers[1]
+
+
+def read(worker: PluginProcess, conversation: int) -> list[str]:
+    """As SGLang does: a lookup, which has pages fetched, then the read."""
+    worker.do("exists", keys=span(conversation))
+    answers: list[str] = worker.do("take", keys=span(conversation))
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replaced", [False, True], ids=["the-same-comes-back", "a-new-one-comes"])
+def test_a_device_that_fails_costs_what_is_on_it_and_no_more(device: Device, tmp_path: Path, replaced: bool) -> None:
+    tier = device.mount_point / "tier"
+    (tmp_path / "run").mkdir()
+    tier_settings = {"nvme__path": tier, "nvme__size_bytes": 256 * MIB, "nvme__segment_bytes": 8 * MIB}
+    with (
+        Daemon(tmp_path / "run", 8, 4, nvme__write_delay_s=0.05, **tier_settings) as daemon,
+        PluginProcess(daemon.socket) as worker,
+    ):
+        eventually(lambda: not nvme(daemon).trouble, 30, "the tier works")
+        assert worker.do("wait")
+        for conversation in range(20):  # more than RAM holds
+            worker.do("put", keys=span(conversation))
+            eventually(lambda n=conversation: nvme(daemon).pages >= PAGES * (n + 1), 30, "all is written")
+        assert read(worker, 0) == ["right"] * PAGES, "from the device"
+        pid = daemon.status().pid
+
+        device.cut(MIB)
+        device.forget_cached(tier / "catalog" / "data.mdb")
+        seen = set()
+        for conversation in range(20):
+            seen |= set(read(worker, conversation))
+        assert seen == {"right", "miss"}, "what only the device has is a miss"
+        eventually(lambda: nvme(daemon).trouble not in ("", "opening"), 60, "its trouble is known")
+        for conversation in range(100, 104):
+            worker.do("put", keys=span(conversation))
+            assert read(worker, conversation) == ["right"] * PAGES, "RAM does not care"
+        eventually(lambda: of(doctor(daemon)[1], "nvme")[0]["level"] == "red", 30, "the doctor says so")
+        assert daemon.faults() == []
+
+        eventually(device.unmount, 60, "nobody is at the device")
+        device.cut(0)
+        if replaced:
+            device.format()
+        device.mount()
+        eventually(lambda: not nvme(daemon).trouble, 90, "the tier works again")
+        eventually(lambda: nvme(daemon).counters["waiting_to_be_written"] == 0, 30, "what RAM has is written")
+        assert daemon.status().pid == pid, "kvd was never away"
+        assert of(doctor(daemon)[1], "nvme")[0]["level"] == "green"
+        answers = {c: read(worker, c) for c in (103, *range(20), *range(100, 103))}
+        assert {answer for answer_list in answers.values() for answer in answer_list} <= {"right", "miss"}
+        assert answers[103] == ["right"] * PAGES
+        if not replaced:
+            for conversation in range(20):  # a first lookup may be shortened, but nothing puts these pages again
+                eventually(lambda n=conversation: set(read(worker, n)) == {"right"}, 10, "what was acknowledged")
+        assert daemon.faults() == []
+        assert daemon.status().pid == pid

@@ -1,0 +1,119 @@
+"""Real daemons that share one folder and nothing else: what one stored, the other gives back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvd import wire
+from tests.harness import MIB, Daemon, PluginProcess, eventually
+from tests.kvdctl import doctor, of
+from tests.test_nvme_node import span
+
+
+def node(folder: Path, name: str, **settings: object) -> Daemon:
+    chosen: dict[str, object] = {
+        "shared__uri": folder / "shared", "shared__node": name, "shared__poll_s": 0.2, "shared__write_delay_s": 0.05,
+        "shared__quota_bytes": 512 * MIB,
+    }  # fmt: skip
+    return Daemon(folder / name, 16, 4, **{**chosen, **settings})
+
+
+def shared(daemon: Daemon) -> wire.TierStatus:
+    return next(tier for tier in daemon.status().tiers if tier.name == "shared")
+
+
+def ready(daemon: Daemon) -> None:
+    eventually(lambda: all(not tier.trouble for tier in daemon.status().tiers), 20, "the lower tiers work")
+
+
+def holds(daemon: Daemon, pages: int) -> None:
+    eventually(lambda: shared(daemon).pages >= pages, 20, f"{pages} pages are in the shared tier")
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Iterator[Daemon]:
+    with node(tmp_path, "first") as daemon:
+        ready(daemon)
+        yield daemon
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Iterator[Daemon]:
+    with node(tmp_path, "second") as daemon:
+        ready(daemon)
+        yield daemon
+
+
+def test_what_one_node_stored_the_other_gives_back(first: Daemon, second: Daemon) -> None:
+    with PluginProcess(first.socket) as here, PluginProcess(second.socket) as there:
+        assert here.do("wait")
+        assert there.do("wait")
+        here.do("put", keys=span(60))
+        holds(second, 60)
+        eventually(lambda: there.do("exists", keys=span(60)) == 60, 5)
+        assert there.do("take", keys=span(60)) == ["right"] * 60
+    assert second.status().counters["pages_promoted"] == 60
+    assert first.faults() == second.faults() == []
+
+
+def test_a_page_that_the_other_node_has_is_not_written_again(first: Daemon, second: Daemon, tmp_path: Path) -> None:
+    with PluginProcess(first.socket) as here, PluginProcess(second.socket) as there:
+        assert here.do("wait")
+        assert there.do("wait")
+        here.do("put", keys=span(60))
+        holds(second, 60)
+        there.do("put", keys=span(60))
+        eventually(lambda: shared(second).counters["waiting_to_be_written"] == 0, 10)
+        there.do("put", keys=span(60, 1))
+        holds(first, 120)
+        holds(second, 120)
+        written = {folder.name: len(list(folder.glob("*.pages.arrow"))) for folder in (tmp_path / "shared").iterdir()}
+        assert written == {"first": 1, "second": 1}
+
+
+def test_a_node_that_died_leaves_its_pages(first: Daemon, second: Daemon) -> None:
+    with PluginProcess(first.socket) as here:
+        assert here.do("wait")
+        here.do("put", keys=span(60))
+        holds(second, 60)
+    first.kill()
+    first.arena_path.unlink()
+    with PluginProcess(second.socket) as there:
+        assert there.do("wait")
+        assert there.do("take", keys=span(60)) == ["right"] * 60
+    first.start()
+    ready(first)
+    with PluginProcess(first.socket) as here:
+        assert here.do("wait")
+        assert here.do("take", keys=span(60)) == ["right"] * 60
+
+
+def test_three_tiers_the_disk_is_asked_first(tmp_path: Path) -> None:
+    disk = {"nvme__path": tmp_path / "nvme", "nvme__size_bytes": 64 * MIB, "nvme__segment_bytes": 8 * MIB}
+    with node(tmp_path, "both", **disk, nvme__write_delay_s=0.05) as daemon, PluginProcess(daemon.socket) as worker:
+        ready(daemon)
+        assert worker.do("wait")
+        worker.do("put", keys=span(60))
+        holds(daemon, 60)
+        eventually(lambda: daemon.status().tiers[1].pages == 60, 10)
+        daemon.kill()
+        daemon.arena_path.unlink()
+        daemon.start()
+        ready(daemon)
+        eventually(lambda: worker.do("circuit") == "closed", 10)
+        assert worker.do("take", keys=span(60)) == ["right"] * 60
+        assert [tier.hits for tier in daemon.status().tiers[1:]] == [60, 0]
+        assert daemon.faults() == []
+
+
+def test_a_folder_that_cannot_be_used_is_a_red_line(tmp_path: Path) -> None:
+    (tmp_path / "shared").write_text("a file, not a folder")
+    with node(tmp_path, "alone") as daemon, PluginProcess(daemon.socket) as worker:
+        assert worker.do("wait")
+        worker.do("put", keys=span(20))
+        assert worker.do("take", keys=span(20)) == ["right"] * 20
+        eventually(lambda: shared(daemon).trouble not in ("opening", "not started yet"), 10)
+        status, findings = doctor(daemon)
+        (red,) = of(findings, "shared")
+        assert (status, red["level"]) == (1, "red")
