@@ -27,7 +27,7 @@ sglang: $(WHEEL)  ## a real SGLang for the CPU with our wheel in it, and a small
 
 setup: $(DEV)/.stamp sglang  ## everything that the other targets need
 
-demo: setup  ## the main job on real input: two SGLang workers and kvd, in about three minutes  [ARGS=--keep]
+demo: setup  ## the main job on real input: two SGLang workers and kvd, in about three minutes  [ARGS="--nodes --keep"]
 	@$(DEV)/bin/python -m tools.demo $(ARGS)
 
 test: $(DEV)/.stamp  ## all tests but the slow ones; needs no root  [ARGS="-m slow"]
@@ -38,7 +38,7 @@ check: $(DEV)/.stamp  ## format, lint, types, layers
 	@$(DEV)/bin/ruff format --check -q . && $(DEV)/bin/ruff check -q . && $(DEV)/bin/mypy && \
 	 $(DEV)/bin/python -m pytest -q --no-header -p no:cacheprovider tests/test_layers.py
 
-bench: setup  ## one benchmark: NAME=host_path|lookup|ttft|import_cost  [ARGS="--quick --json"]
+bench: setup  ## one benchmark: NAME=host_path|lookup|ttft|import_cost|nvme|reopen|shared|policy  [ARGS="--quick --json"]
 	@test -n "$(NAME)" || { echo "which? make bench NAME=... (tools/bench/README.md)"; exit 2; }
 	@$(DEV)/bin/python -m tools.bench.$(NAME) $(ARGS)
 

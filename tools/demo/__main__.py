@@ -1,6 +1,6 @@
-"""Real SGLang workers and kvd, then a second node: the same prompts, answered from every place the cache can be.
+"""Real SGLang workers and kvd: the same long prompts, answered from every place the cache can be.
 
-    python -m tools.demo [--keep] [--json]
+    python -m tools.demo [--nodes] [--keep] [--json]
 
 Prints one table. Exits 1 when any output differs from the cold one, or an expected hit is missing.
 """
@@ -88,7 +88,7 @@ class Demo:
                 Row(what, name, got.prompt_tokens, got.ttft_s, got.cached, cold.ttft_s / got.ttft_s, same, hit)
             )
 
-    def run(self, kvd: Kvd, other: Kvd, a: SglangServer, b: SglangServer, c: SglangServer) -> None:
+    def run(self, kvd: Kvd, a: SglangServer, b: SglangServer) -> None:
         self.step("starting kvd and two SGLang workers (about half a minute on two cores)")
         kvd.start()
         a.start()
@@ -123,9 +123,18 @@ class Demo:
         kvd.wait_for_workers(2)
         a.flush_cache()
         self.measure("kvd: kvd killed -9, restarted", a, "storage")
-        self.step("the whole node restarts: workers, kvd and its memory are gone, only the disk is left;")
-        self.step("and a second node starts, with a kvd of its own, that shares only a folder with the first")
+        self.step("kill -9 kvd and take its memory away: only the disk has the pages")
         kvd.wait_until_written()
+        kvd.kill(and_memory=True)
+        kvd.start()
+        kvd.wait_for_workers(2)
+        kvd.wait_for_tiers()
+        a.flush_cache()
+        self.measure("kvd: memory lost, from NVMe", a, "storage")
+
+    def run_nodes(self, kvd: Kvd, other: Kvd, a: SglangServer, b: SglangServer, c: SglangServer) -> None:
+        """After `run`: the whole node restarts, and a second one starts that shares only a folder with it."""
+        self.step("the whole node restarts, and a second node starts that shares only a folder with the first")
         for server in (a, b):
             server.kill()
         kvd.kill(and_memory=True)
@@ -164,6 +173,7 @@ class Demo:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave everything running at the end, and say what to try")
+    parser.add_argument("--nodes", action="store_true", help="then restart the whole node, and start a second one")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, progress on stderr")
     arguments = parser.parse_args()
     console = Console(stderr=arguments.json, highlight=False)
@@ -178,7 +188,9 @@ def main() -> int:
         a, b, c = worker("worker-a", kvd), worker("worker-b", kvd), worker("worker-c", other)
         for server in (a, b, c):
             stack.callback(server.stop)
-        demo.run(kvd, other, a, b, c)
+        demo.run(kvd, a, b)
+        if arguments.nodes:
+            demo.run_nodes(kvd, other, a, b, c)
         if arguments.json:
             print(json.dumps([asdict(row) for row in demo.rows]))
         else:
@@ -190,11 +202,11 @@ def main() -> int:
         if not demo.fine:
             console.print(f"[red]An output differed or a hit is missing.[/] Logs: {LOGS}")
         if arguments.keep:
-            _keep(console, kvd, a, c)
+            _keep(console, kvd, a, c if arguments.nodes else b)
     return 0 if demo.fine else 1
 
 
-def _keep(console: Console, kvd: Kvd, a: SglangServer, c: SglangServer) -> None:
+def _keep(console: Console, kvd: Kvd, a: SglangServer, b: SglangServer) -> None:
     console.print(
         f"\nStill running. Try, in another terminal:\n"
         f"  export KVD_RUN_DIR={kvd.folder}\n"
@@ -203,7 +215,7 @@ def _keep(console: Console, kvd: Kvd, a: SglangServer, c: SglangServer) -> None:
         f"  .venvs/dev/bin/kvdctl doctor\n"
         f"  curl -s http://127.0.0.1:{a.port}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "m", "max_tokens": 40, "messages": [{{"role": "user", "content": "Who are you?"}}]}}\'\n'
-        f"Worker C, on the second node, listens on port {c.port}. Press Ctrl-C to end everything."
+        f"The other worker listens on port {b.port}. Press Ctrl-C to end everything."
     )
     with contextlib.suppress(KeyboardInterrupt):
         while True:
