@@ -137,7 +137,8 @@ def open_tier(settings: dict[str, Any]) -> Tier:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for kvd, which then hangs up
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for kvd, which writes what is left and then hangs up
+        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=settings["socket"])
     arena = mmap.mmap(settings["arena"], os.fstat(settings["arena"]).st_size)
     os.close(settings["arena"])

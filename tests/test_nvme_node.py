@@ -100,6 +100,7 @@ def test_a_clean_stop_writes_what_is_not_written_yet(tmp_path: Path) -> None:
             assert worker.do("wait")
             worker.do("put", keys=span(200))
         assert nvme(daemon).pages == 0
+        process_of(daemon).terminate()  # systemd tells all processes of a unit
         daemon.signal(signal.SIGTERM)
         assert daemon.process is not None
         assert daemon.process.wait(20) == 0
