@@ -2,9 +2,10 @@
 
 A disk that hangs hangs this process; a medium that fails under LMDB's mapping kills it (SIGBUS); kvd sees it, answers
 misses and starts another. SETTINGS is JSON: {"tier": "nvme" or "shared", "socket": fd, "arena": fd, ...its own}.
-Loads run on several threads, stores and drops on one, in their order. Ends when kvd hangs up.
+Loads run on several threads, stores on one, in their order. Ends when kvd hangs up.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -36,7 +37,7 @@ class Server:
         self._sock = sock
         self._arena = arena
         self._send_lock = threading.Lock()
-        self._stores: queue.SimpleQueue[tierwire.Store | tierwire.Drop] = queue.SimpleQueue()
+        self._stores: queue.SimpleQueue[tierwire.Store] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
         for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
             threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
@@ -86,9 +87,6 @@ class Server:
     def _store_forever(self) -> None:
         while True:
             request = self._stores.get()
-            if isinstance(request, tierwire.Drop):
-                self._tier.remove(tierwire.split(request.names))
-                continue
             flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in request.rows])
             self._tell_news()  # before the answer: kvd must know what left before it believes what came
             self.send(tierwire.Stored(request.request, flags))
@@ -147,7 +145,8 @@ def main() -> None:
     except KvdError as error:
         sock.sendall(tierwire.frame(trouble(error)))
         sys.exit(1)
-    Server(tier, sock, memoryview(arena), settings["threads"]).serve()
+    with contextlib.suppress(ConnectionError):  # kvd was killed with something of ours unread
+        Server(tier, sock, memoryview(arena), settings["threads"]).serve()
     os._exit(0)  # threads may be in the middle of a write; what was not acknowledged does not count
 
 

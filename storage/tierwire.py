@@ -58,13 +58,7 @@ class Load(Message, tag="load", frozen=True):
     offsets: list[list[int]]
 
 
-class Drop(Message, tag="drop", frozen=True):
-    """Forget these pages."""
-
-    names: bytes
-
-
-ToTier = Store | Load | Drop
+ToTier = Store | Load
 
 # -- from the tier -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import ARENAS, Daemon, eventually
+from tests.harness import ARENAS, Daemon, PluginProcess, eventually
 
 collect_ignore_glob: list[str] = []
 
@@ -76,3 +76,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One kvd for all tests of a file that change nothing in it."""
     with Daemon(tmp_path_factory.mktemp("shared") / "run") as running:
         yield running
+
+
+@pytest.fixture
+def worker(daemon: Daemon) -> Iterator[PluginProcess]:
+    """A worker with the plugin, attached to the test's kvd."""
+    with PluginProcess(daemon.socket) as process:
+        assert process.do("wait")
+        yield process

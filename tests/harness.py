@@ -14,6 +14,7 @@ from kvd import wire
 from kvd.client import Link
 from kvd.ctl.verify import bookkeeping
 from kvd.errors import Unavailable
+from kvd.pages import chain
 from kvd.places import DATA_SOCKET, SOCKET, arena_path
 
 MIB = 1 << 20
@@ -30,6 +31,11 @@ def eventually(predicate: Callable[[], T], timeout_s: float = 10.0, what: str = 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what or predicate}")
         time.sleep(0.005)
+
+
+def span(pages: int, conversation: int = 0) -> list[str]:
+    """Page keys of a conversation: 4 tokens a page."""
+    return [key.hex() for key in chain([conversation, *range(4 * pages - 1)], 4)]
 
 
 class PluginProcess:
@@ -86,6 +92,11 @@ class PluginProcess:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+
+
+def reattached(worker: PluginProcess) -> None:
+    """Wait until the plugin has found kvd again by itself."""
+    eventually(lambda: worker.do("circuit") == "closed", 10, "the plugin is attached again")
 
 
 ARENAS: set[str] = set()  # of all daemons that tests made: another kvd on this machine is none of our business

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,25 +18,9 @@ from kvd import wire
 from kvd.client import Link
 from kvd.errors import PeerError, Unavailable
 from kvd.leasetable import LeaseTable
-from kvd.pages import chain
-from tests.harness import Daemon, PluginProcess, eventually
+from tests.harness import Daemon, PluginProcess, eventually, reattached, span
 
 DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
-
-
-def span(pages: int, conversation: int = 0) -> list[str]:
-    return [key.hex() for key in chain([conversation, *range(4 * pages - 1)], 4)]
-
-
-@pytest.fixture
-def worker(daemon: Daemon) -> Iterator[PluginProcess]:
-    with PluginProcess(daemon.socket) as process:
-        assert process.do("wait")
-        yield process
-
-
-def reattached(worker: PluginProcess) -> None:
-    eventually(lambda: worker.do("circuit") == "closed", 10, "the plugin is attached again")
 
 
 # -- kvd dies ----------------------------------------------------------------------------------------------------

@@ -10,13 +10,8 @@ import psutil
 import pytest
 
 from kvd import wire
-from kvd.pages import chain
-from tests.harness import MIB, Daemon, PluginProcess, eventually
+from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
 from tests.kvdctl import doctor, of
-
-
-def span(pages: int, conversation: int = 0) -> list[str]:
-    return [key.hex() for key in chain([conversation, *range(4 * pages - 1)], 4)]
 
 
 def two_tiers(folder: Path, arena_mib: int = 16, **settings: object) -> Daemon:
@@ -58,17 +53,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     with two_tiers(tmp_path) as daemon:
         ready(daemon)
         yield daemon
-
-
-@pytest.fixture
-def worker(daemon: Daemon) -> Iterator[PluginProcess]:
-    with PluginProcess(daemon.socket) as process:
-        assert process.do("wait")
-        yield process
-
-
-def reattached(worker: PluginProcess) -> None:
-    eventually(lambda: worker.do("circuit") == "closed", 10, "the plugin is attached again")
 
 
 def test_pages_survive_the_loss_of_all_memory(daemon: Daemon, worker: PluginProcess) -> None:

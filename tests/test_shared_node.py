@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvd import wire
-from tests.harness import MIB, Daemon, PluginProcess, eventually
+from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
 from tests.kvdctl import doctor, of
-from tests.test_nvme_node import span
 
 
 def node(folder: Path, name: str, **settings: object) -> Daemon:
@@ -101,7 +100,7 @@ def test_three_tiers_the_disk_is_asked_first(tmp_path: Path) -> None:
         daemon.arena_path.unlink()
         daemon.start()
         ready(daemon)
-        eventually(lambda: worker.do("circuit") == "closed", 10)
+        reattached(worker)
         assert worker.do("take", keys=span(60)) == ["right"] * 60
         assert [tier.hits for tier in daemon.status().tiers[1:]] == [60, 0]
         assert daemon.faults() == []

@@ -95,9 +95,6 @@ class Below:
         self._stores[self._request] = (len(pages), done)
         self._send(tierwire.Store(self._request, [tierwire.Row.of(page, offsets) for page, offsets in pages]))
 
-    def drop(self, names: Sequence[Name]) -> None:
-        self._send(tierwire.Drop(b"".join(names)))
-
     def _send(self, message: tierwire.ToTier) -> None:
         if self._sock is None:
             self._fail_all()
