@@ -1,22 +1,23 @@
 """How long until the first token: cold, from the worker's own device cache, and from kvd? And does kvd slow a worker?
 
-Two real SGLang servers with a small real model (SmolLM2-135M, float32, pages of 64 tokens): one with a HiCache and no
-storage, one with kvd behind it. They are asked the same prompt, one at a time and in turn; every round has a prompt
-of fresh random tokens, so cold is cold. The second server is then asked again, from its own device cache and, after
-/flush_cache, from kvd alone. A round goes on when the pages are written: writing is not in anybody's time.
+One real SGLang server with a small real model (SmolLM2-135M, float32, pages of 64 tokens) and a HiCache. kvd is
+attached to it and detached again while it runs, once a round and in turn, because two servers of the same kind differ
+by more (6 % were seen) than what is looked for. Every round has a prompt of fresh random tokens, so cold is cold. With
+kvd attached it is asked again, from its own device cache and, after /flush_cache, from kvd alone. A round goes on when
+the pages are written: writing is not in anybody's time.
 
 Ratios, all at 1.5k tokens: `kvd_vs_device`, a hit in kvd next to a hit in the device cache; `cold_vs_kvd_1500`, how
 many times sooner the token comes than cold; `attached_vs_plain`, a cold prompt with kvd attached next to one without.
 
 On a CPU, SGLang's torch_native attention computes over cached tokens too (a GPU's does not), so all caches gain less
-here than they would there: `kvd_vs_device` is what to look at. Starting the servers is set-up, about a minute.
+here than they would there: `kvd_vs_device` is what to look at. Starting the server is set-up, about half a minute.
 """
 
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 
 from tests.harness import Daemon, eventually
 from tools.bench._kvd import running_daemon, scratch
@@ -40,13 +41,12 @@ def main() -> None:
         "Time to first token, median (min..max)", ("prompt", "prefix from", "seconds", "cold/this", "this/device")
     )
     results: dict[int, Samples] = {}
-    with ExitStack() as stack:
-        daemon = stack.enter_context(_daemon())
-        plain, attached = _servers(stack, daemon)
+    with _daemon() as daemon, _server() as server:
+        asked = Asked(server, daemon)
         for length in LENGTHS:
             if rounds := wanted.rounds(*LENGTHS[length]):
                 progress(f"{length} tokens, {rounds} rounds")
-                results[length] = _measure(length, rounds, plain, attached, daemon)
+                results[length] = interleave([partial(asked.round, length)], rounds)
     for length, samples in results.items():
         _add_rows(table, length, samples)
     _report(table, results, wanted)
@@ -58,54 +58,77 @@ def _daemon() -> Iterator[Daemon]:
         yield daemon
 
 
-def _servers(stack: ExitStack, daemon: Daemon) -> tuple[SglangServer, SglangServer]:
-    """Without kvd, and with it; both ready."""
-    with_kvd = HiCache(storage_backend="dynamic", extra_config=extra_config(daemon.socket))
-    servers = (
-        SglangServer(VENV, MODEL, _log("plain"), page_size=PAGE_TOKENS, hicache=HiCache()),
-        SglangServer(VENV, MODEL, _log("kvd"), page_size=PAGE_TOKENS, hicache=with_kvd),
-    )
-    progress("starting two servers")
-    for server in servers:
-        stack.callback(server.stop)
+@contextmanager
+def _server() -> Iterator[SglangServer]:
+    """With a HiCache and no storage; ready."""
+    server = SglangServer(VENV, MODEL, LOGS / "bench-ttft.log", page_size=PAGE_TOKENS, hicache=HiCache())
+    progress("starting a server")
+    try:
         server.start()
-    for server in servers:
         server.wait_ready()
-    eventually(lambda: any(w.pools for w in daemon.status().workers), 30, "the worker is attached to kvd")
-    return servers
+        yield server
+    finally:
+        server.stop()
 
 
-def _log(name: str) -> Path:
-    return LOGS / f"bench-ttft-{name}.log"
+class Asked:
+    """The server, with kvd and without, and what it is asked."""
 
+    def __init__(self, server: SglangServer, daemon: Daemon) -> None:
+        self._server = server
+        self._daemon = daemon
+        self._attached = False
 
-def _measure(length: int, rounds: int, plain: SglangServer, attached: SglangServer, daemon: Daemon) -> Samples:
-    pages = (length - 1) // PAGE_TOKENS * PAGE_TOKENS
-
-    def ask(server: SglangServer, prompt: Sequence[int], tier: str) -> float:
-        answer = server.generate(input_ids=prompt, max_new_tokens=1)
-        assert _found(answer, tier) == (pages if tier else 0), f"{answer.cached} instead of {pages} from {tier}"
-        return answer.ttft_s
-
-    def cold(server: SglangServer, prompt: Sequence[int]) -> float:
-        written = _written(daemon) + length // PAGE_TOKENS
-        seconds = ask(server, prompt, "")
-        if server is attached:  # else writing takes time from whoever is asked next
-            eventually(lambda: _written(daemon) >= written, 60, "the prompt's pages are in kvd")
-        return seconds
-
-    def round_(number: int) -> Mapping[str, float]:
+    def round(self, length: int, number: int) -> Mapping[str, float]:
+        """Every figure once for a fresh prompt; the half that the last round ended with comes first."""
         prompt = random.choices(WORDS, k=length)
-        order = ((PLAIN, plain), (COLD, attached))
-        figures = {name: cold(server, prompt) for name, server in order[:: -1 if number % 2 else 1]}
-        figures[DEVICE] = ask(attached, prompt, "device")
-        attached.flush_cache()
-        figures[KVD] = ask(attached, prompt, "storage")
-        plain.flush_cache()
-        attached.flush_cache()
+        halves = (self._without, self._with)
+        figures: dict[str, float] = {}
+        for half in halves[:: -1 if number % 2 else 1]:
+            figures |= half(prompt)
+            self._server.flush_cache()
         return figures
 
-    return interleave([round_], rounds)
+    def _without(self, prompt: Sequence[int]) -> Mapping[str, float]:
+        if self._attached:
+            self._server.detach_storage()
+            self._attached = False
+            self._settle()
+        return {PLAIN: self._ask(prompt, "")}
+
+    def _with(self, prompt: Sequence[int]) -> Mapping[str, float]:
+        if not self._attached:
+            self._server.attach_storage("dynamic", HiCache(extra_config=extra_config(self._daemon.socket)).extra())
+            self._attached = True
+            eventually(
+                lambda: any(w.pools for w in self._daemon.status().workers), 30, "the worker is attached to kvd"
+            )
+            self._settle()
+        figures = {COLD: self._cold(prompt), DEVICE: self._ask(prompt, "device")}
+        self._server.flush_cache()
+        return {**figures, KVD: self._ask(prompt, "storage")}
+
+    def _settle(self) -> None:
+        """What only the first request after a change pays for is in nobody's time."""
+        prompt = random.choices(WORDS, k=2 * PAGE_TOKENS)
+        if self._attached:
+            self._cold(prompt)
+        else:
+            self._ask(prompt, "")
+        self._server.flush_cache()
+
+    def _cold(self, prompt: Sequence[int]) -> float:
+        """Asked while kvd is attached; its pages are in kvd when this returns."""
+        wanted = _written(self._daemon) + len(prompt) // PAGE_TOKENS
+        seconds = self._ask(prompt, "")
+        eventually(lambda: _written(self._daemon) >= wanted, 60, "the prompt's pages are in kvd")
+        return seconds
+
+    def _ask(self, prompt: Sequence[int], tier: str) -> float:
+        answer = self._server.generate(input_ids=prompt, max_new_tokens=1)
+        pages = (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS if tier else 0
+        assert _found(answer, tier) == pages, f"{answer.cached} instead of {pages} from {tier or 'nowhere'}"
+        return answer.ttft_s
 
 
 def _found(answer: Generation, tier: str) -> int:

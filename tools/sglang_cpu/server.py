@@ -73,11 +73,12 @@ class HiCache:
         if self.storage_backend:
             arguments += ["--hicache-storage-backend", self.storage_backend]
             arguments += ["--hicache-storage-prefetch-policy", self.prefetch_policy]
-            arguments += ["--hicache-storage-backend-extra-config", self.extra_config_json()]
+            arguments += ["--hicache-storage-backend-extra-config", json.dumps(self.extra())]
         return arguments
 
-    def extra_config_json(self) -> str:
-        return json.dumps({"prefetch_threshold": self.prefetch_threshold, **self.extra_config})
+    def extra(self) -> dict[str, Any]:
+        """What SGLang calls the storage backend's extra config."""
+        return {"prefetch_threshold": self.prefetch_threshold, **self.extra_config}
 
 
 class SglangServer(Endpoint):
