@@ -33,6 +33,7 @@ class ArenaSettings(BaseModel):
     keep_on_stop: bool = Field(False, description="keep the file after a clean stop too (it always survives a crash)")
     prefault: bool = Field(True, description="touch all memory at start; off: the first write of a page is 8x slower")
     lock: bool = Field(False, description="mlock the memory; needs a memlock limit above size_bytes")
+    ttl_s: float | None = Field(None, gt=0, description="how long a page stays unused; unset: until room is needed")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ArenaSettings":
@@ -57,6 +58,7 @@ class NvmeSettings(BaseModel):
     segment_bytes: int = Field(256 * MIB, description="size of its files; each holds pages of one size")
     threads: int = Field(4, ge=1, le=64, description="reads and writes in flight")
     write_delay_s: float = Field(1.0, ge=0, le=600, description="how long a new page waits to be written with others")
+    ttl_s: float | None = Field(None, gt=0, description="how long a page stays unused; unset: until room is needed")
 
     @model_validator(mode="after")
     def _consistent(self) -> "NvmeSettings":
@@ -82,6 +84,24 @@ class SharedSettings(BaseModel):
     write_delay_s: float = Field(10.0, ge=0, le=600, description="how long a new page waits to be written with others")
 
 
+class TenantSettings(BaseModel):
+    """What workers that give this `tenant` are entitled to in the tiers of a node."""
+
+    model_config = _STRICT
+
+    ram_reserve_bytes: int = Field(0, ge=0, description="others do not push it below this")
+    ram_burst_bytes: int | None = Field(None, ge=0, description="above this it loses pages first; unset: no limit")
+    nvme_reserve_bytes: int = Field(0, ge=0, description="the same on the local disk")
+    nvme_burst_bytes: int | None = Field(None, ge=0, description="the same on the local disk")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TenantSettings":
+        pairs = (self.ram_reserve_bytes, self.ram_burst_bytes), (self.nvme_reserve_bytes, self.nvme_burst_bytes)
+        if any(burst is not None and reserve > burst for reserve, burst in pairs):
+            raise ValueError("a reserve must not be above the burst of the same tier")
+        return self
+
+
 class DaemonSettings(BaseSettings):
     """Settings of `kvd`."""
 
@@ -99,10 +119,21 @@ class DaemonSettings(BaseSettings):
     arena: ArenaSettings = ArenaSettings()
     nvme: NvmeSettings = NvmeSettings()
     shared: SharedSettings = SharedSettings()
+    tenants: dict[str, TenantSettings] = Field({}, description="shares of tenants; who is not named has no limit")
     socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
     max_sessions: int = Field(256, ge=1, le=4096, description="worker ranks and tools connected at once")
     flush_s: float = Field(10.0, ge=0, le=80, description="how long a clean stop may write what tiers do not have yet")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
+
+    @model_validator(mode="after")
+    def _reserves_fit(self) -> "DaemonSettings":
+        for tier, size, reserves in (
+            ("arena", self.arena.size_bytes, [share.ram_reserve_bytes for share in self.tenants.values()]),
+            ("nvme", self.nvme.size_bytes, [share.nvme_reserve_bytes for share in self.tenants.values()]),
+        ):
+            if sum(reserves) > size:
+                raise ValueError(f"the tenants' reserves are {sum(reserves)} bytes, {tier}.size_bytes is {size}")
+        return self
 
 
 def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> DaemonSettings:
@@ -141,7 +172,7 @@ def example() -> str:
 
     def add(model: type[BaseModel]) -> None:
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if name == "tenants" or (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
                 continue
             default = "/run/kvd" if name == "run_dir" else field.default
             if default is None:
@@ -156,6 +187,8 @@ def example() -> str:
     for name, tier in (("arena", ArenaSettings), ("nvme", NvmeSettings), ("shared", SharedSettings)):
         lines.extend([f"[{name}]", ""])
         add(tier)
+    lines.extend(["# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""])
+    add(TenantSettings)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -61,6 +61,7 @@ class NamespaceSpec(Message, tag="ns", frozen=True):
     label: str
     family: bytes = b""  # equal for pools of one model whose pages belong together
     scratch: bool = False  # its pages leave with the session; refused where anybody else has the namespace
+    tenant: str = ""  # whose quota its pages count against
 
 
 class Join(Message, tag="join", frozen=True):

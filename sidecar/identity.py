@@ -90,7 +90,7 @@ def namespace_spec(
     )
     return wire.NamespaceSpec(
         identity.namespace(), page_bytes, max(1, int(pool.page_size)), shard, shards, pool_name, label,
-        family.namespace(),
+        family.namespace(), tenant=tenant,
     )  # fmt: skip
 
 

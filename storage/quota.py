@@ -1,35 +1,16 @@
-"""Who may take whose room: the value of a page, how long it may stay, pins, and what tenants are entitled to. Pure.
+"""Who may take whose room: what tenants are entitled to in one tier. Pure.
 
 A tenant under its `reserve` loses nothing to others; one above its `burst` loses first; in between all are alike and
 the policy alone decides. A tenant may always make room for itself at its own expense.
 
-Always true: a pinned page is never a victim; nobody is pushed below its reserve by another.
+Always true: nobody is pushed below its reserve by another.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
-from kvd.storage.policy import Policy
-
-UNLIMITED = 1 << 63
-
-
-def value(density: float, saved_s: float, size_bytes: int) -> float:
-    """Seconds of computing that each byte saves per second of residence: what pages of unequal size compare by.
-
-    `density`: expected uses per second, from the policy. `saved_s`: recomputing the page's tokens takes that long.
-    """
-    return density * saved_s / size_bytes
-
-
-def cheapest(offers: dict[int, tuple[float, float, int]]) -> int | None:
-    """Of several sizes of pages, each with (density, saved_s, size_bytes) of its next victim, the one to take."""
-    return min(offers, key=lambda name: (value(*offers[name]), name), default=None)
-
-
-def expired(last_use: float, now: float, ttl_s: float | None) -> bool:
-    """Whether a page has outstayed its time to live since it was last used. None: pages do not expire."""
-    return ttl_s is not None and now - last_use >= ttl_s
+NOTHING: Final[Mapping[str, int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +18,10 @@ class Share:
     """What a tenant is entitled to, in bytes."""
 
     reserve_bytes: int = 0
-    burst_bytes: int = UNLIMITED
+    burst_bytes: int | None = None  # None: no limit
 
     def __post_init__(self) -> None:
-        if not 0 <= self.reserve_bytes <= self.burst_bytes:
+        if self.burst_bytes is not None and self.reserve_bytes > self.burst_bytes:
             raise ValueError(f"a reserve of {self.reserve_bytes} does not fit a burst of {self.burst_bytes}")
 
 
@@ -71,6 +52,11 @@ class Quotas:
         """Whether the asker's page may push out one of the owner's."""
         return owner == asker or self.held(owner) - size_bytes >= self.share(owner).reserve_bytes
 
+    def above(self, tenant: str, leaving_bytes: int = 0) -> bool:
+        """Whether it holds more than its burst, once so much of it has left."""
+        burst = self.share(tenant).burst_bytes
+        return burst is not None and self.held(tenant) - leaving_bytes > burst
+
     def share(self, tenant: str) -> Share:
         """What the tenant is entitled to."""
         return self.shares.get(tenant, _FREE)
@@ -79,40 +65,20 @@ class Quotas:
 _FREE = Share()
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """What the choice of victims asks about the pages of a tier, by place."""
+def loser(
+    quotas: Quotas, asker: str, incoming_bytes: int, page_bytes: int, offers: Mapping[str, float],
+    chosen: Mapping[str, int] = NOTHING,
+) -> str | None:  # fmt: skip
+    """Whose least dense page leaves so that the asker's pages fit; None: nobody may be asked for one.
 
-    owner: Callable[[int], str]
-    pinned: Callable[[int], bool]
-    page_bytes: int
-
-
-def victims(policy: Policy, quotas: Quotas, pages: Pages, asker: str, want: int, now: float) -> list[int]:
-    """Up to `want` pages to let go so that the asker's pages fit. They are withdrawn from the policy.
-
-    First those of tenants above their burst, whatever they are worth; an asker that would rise above its own burst
-    is held to it by taking from itself.
+    `offers`: the density of the next victim of each tenant that has one; a page of `page_bytes` leaves. `chosen`:
+    bytes of each tenant that are about to leave. Tenants above their burst come first, whatever their pages are worth;
+    an asker that would rise above its own takes from itself.
     """
-    lost: dict[str, int] = {}
-
-    def allowed(place: int, only: Callable[[str], bool]) -> bool:
-        owner = pages.owner(place)
-        if pages.pinned(place) or not only(owner):
-            return False
-        gone = lost.get(owner, 0) + pages.page_bytes
-        if not quotas.may_lose(owner, asker, gone):
-            return False
-        lost[owner] = gone
-        return True
-
-    def above(owner: str) -> bool:
-        return quotas.held(owner) - lost.get(owner, 0) > quotas.share(owner).burst_bytes
-
-    chosen = policy.victims(want, now, lambda place: allowed(place, above))
-    left = want - len(chosen)
-    if left:
-        incoming = quotas.held(asker) + want * pages.page_bytes - lost.get(asker, 0)
-        full = incoming > quotas.share(asker).burst_bytes
-        chosen += policy.victims(left, now, lambda place: allowed(place, lambda owner: not full or owner == asker))
-    return chosen
+    above = {owner: density for owner, density in offers.items() if quotas.above(owner, chosen.get(owner, 0))}
+    if above:
+        offers = above
+    elif quotas.above(asker, chosen.get(asker, 0) - incoming_bytes):
+        offers = {owner: density for owner, density in offers.items() if owner == asker}
+    allowed = [owner for owner in offers if quotas.may_lose(owner, asker, page_bytes + chosen.get(owner, 0))]
+    return min(allowed, key=lambda owner: (offers[owner], owner), default=None)

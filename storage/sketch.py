@@ -6,7 +6,7 @@ within that span, and seldom too high.
 """
 
 MOST = 3  # counters stop here
-_LEAST_BITS = 20
+_LEAST_BITS, _MOST_BITS = 20, 25  # 2 and 64 MiB: the largest remembers two million pages at least
 _ROOM = 16  # counters per key
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio: spreads keys that are small numbers
 _WORD = (1 << 64) - 1
@@ -16,7 +16,7 @@ class Sketch:
     """Counts of keys, for a tier of so many pages."""
 
     def __init__(self, places: int) -> None:
-        self._bits = max(_LEAST_BITS, (_ROOM * places - 1).bit_length())
+        self._bits = min(max(_LEAST_BITS, (_ROOM * places - 1).bit_length()), _MOST_BITS)
         self._mask = (1 << self._bits) - 1
         self._young = bytearray(1 << self._bits)
         self._elder = bytes(1 << self._bits)

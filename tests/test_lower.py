@@ -12,7 +12,7 @@ from kvd import wire
 from kvd.daemon.sessions import Session
 from kvd.pages import chain
 from kvd.storage.tier import Name, Page
-from tests.test_node import BRANCH, KEYS, World, namespace, spec
+from tests.node_world import BRANCH, KEYS, World, namespace, spec
 
 CHAINS = [*KEYS, BRANCH]
 BIT = 2
@@ -84,8 +84,8 @@ class TwoTiers(World):
 
     def evict_all(self) -> None:
         """Everything leaves RAM that nobody holds."""
-        for size_class in self.node.residency.size_classes():
-            while self.node.space.evict(size_class, 100, self.now):
+        for line in self.node.stock.departures.offers():
+            while self.node.space.evict(line, 100, self.now):
                 pass
 
 

@@ -1,118 +1,19 @@
 """The node against a plain model: any order of requests, deaths and restarts; right bytes or none, and no leak."""
 
-import hashlib
-import random
 from typing import Any
 
 import pytest
-import xxhash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from kvd import wire
-from kvd.daemon.node import Node
 from kvd.daemon.requests import MAX_HELD
-from kvd.daemon.sessions import Session, Sessions
+from kvd.daemon.sessions import Session
 from kvd.errors import PeerError, Refused
-from kvd.index import IndexReader, IndexWriter, Name, entries_for, index_bytes
 from kvd.pages import chain
-from kvd.storage.arena import SUPERBLOCK_BYTES, Arena
-
-EXTENT = 1 << 16
-PAGES = {2: 4096, 1: 9000}  # shards -> page bytes: two size classes, one of them in two shards
-
-
-def payload(namespace: bytes, key: bytes, shard: int, length: int) -> bytes:
-    """What that page must hold, always."""
-    return random.Random(namespace + key + bytes([shard])).randbytes(length)
-
-
-def namespace(n: int) -> bytes:
-    return hashlib.sha256(bytes([n])).digest()[:16]
-
-
-def spec(shards: int, shard: int = 0, n: int | None = None) -> wire.NamespaceSpec:
-    return wire.NamespaceSpec(namespace(shards if n is None else n), PAGES[shards], 4, shard, shards, "kv", "test")
-
-
-class World:
-    """A node over plain memory, with helpers that act as a worker would."""
-
-    def __init__(self, extents: int = 6, entries: int = entries_for(4096)) -> None:
-        self.entries = entries
-        self.memory = bytearray(SUPERBLOCK_BYTES + extents * EXTENT)
-        self.now = 100.0
-        self.sessions_made = 0
-        self.start()
-
-    def start(self) -> None:
-        """A new daemon over the same memory: after kill -9."""
-        self.index_memory = memoryview(bytearray(index_bytes(self.entries)))
-        arena = Arena(memoryview(self.memory), EXTENT)
-        self.node = Node(arena, IndexWriter(self.index_memory, self.entries, 1), Sessions())
-        self.reader = IndexReader(self.index_memory)
-        if arena.recognise():
-            arena.format()
-        else:
-            self.node.recover(arena.reopen(), self.now)
-
-    def session(self, *specs: wire.NamespaceSpec) -> Session:
-        self.sessions_made += 1
-        session = Session(self.sessions_made, self.sessions_made.to_bytes(16, "big"), 1, "worker", "t", self.now, None)
-        self.node.sessions.add(session)
-        self.node.join(session, list(specs))
-        return session
-
-    def reserve(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> wire.Reserved:
-        request = wire.ReservePages(1, ns, b"".join(keys), 10.0, parent)
-        return self.node.intake.reserve(session, request, self.now)
-
-    def commit(self, session: Session, keys: list[bytes], reserved: wire.Reserved, ns: int = 0, step: int = 64) -> int:
-        """Write the right bytes to every reserved place, and commit, `step` pages a message."""
-        s = session.namespaces[ns]
-        rows: list[bytes] = []
-        if not reserved.reservation:
-            return 0
-        for key, (offset, generation, verdict) in zip(keys, wire.RESERVED_ROW.iter_unpack(reserved.rows), strict=True):
-            if verdict == wire.WRITE:
-                data = payload(s.digest, key, s.shard, s.page_bytes)
-                self.memory[offset : offset + len(data)] = data
-                rows.append(wire.COMMIT_ROW.pack(offset, generation, xxhash.xxh3_128_digest(data)))
-        steps = [b"".join(rows[at : at + step]) for at in range(0, len(rows), step)] or [b""]
-        for done in steps[:-1]:
-            more = wire.CommitPages(0, reserved.reservation, done, more=True)
-            assert self.node.intake.commit(session, more, self.now) is None
-        committed = self.node.intake.commit(session, wire.CommitPages(1, reserved.reservation, steps[-1]), self.now)
-        assert committed is not None, "the last one is answered"
-        return committed.pages
-
-    def put(self, session: Session, keys: list[bytes], parent: bytes = b"", ns: int = 0) -> int:
-        return self.commit(session, keys, self.reserve(session, keys, parent, ns), ns)
-
-    def take(self, session: Session, keys: list[bytes], ns: int = 0, bad: bool = False) -> list[bool]:
-        """Lease, verify as a worker does, release. True where right bytes came."""
-        s = session.namespaces[ns]
-        leased = self.node.lease(session, wire.LeasePages(1, ns, b"".join(keys), 5.0), self.now)
-        got, wrong = [], []
-        for key, (offset, _, length, checksum) in zip(keys, wire.LEASED_ROW.iter_unpack(leased.rows), strict=True):
-            data = bytes(self.memory[offset : offset + length])
-            right = length > 0 and xxhash.xxh3_128_digest(data) == checksum
-            if right:
-                assert data == payload(s.digest, key, s.shard, s.page_bytes), "WRONG BYTES"
-            elif length:
-                wrong.append(sum(got) + len(wrong))
-            got.append(right)
-        if leased.lease:
-            self.node.release(session, leased.lease, wrong)
-        return got
-
-    def leading(self, keys: list[bytes], ns: bytes) -> int:
-        return self.reader.leading(Name.of(ns), [key.hex() for key in keys]).pages
-
-
-KEYS = [chain([n, *range(60)], 4) for n in range(4)]  # four conversations of 15 pages
-BRANCH = chain([*[0, *range(60)][:20], *range(900, 940)], 4)  # shares 5 pages with the first
+from kvd.storage.arena import SUPERBLOCK_BYTES
+from tests.node_world import BRANCH, EXTENT, KEYS, World, namespace, spec
 
 
 class NodeMachine(RuleBasedStateMachine):
@@ -235,7 +136,7 @@ def test_eviction_takes_leaves_and_keeps_what_is_leased() -> None:
     assert world.node.counters["ram_evicted"] > 0
     assert world.take(worker, first[:4]) == [True] * 4
     assert world.leading(first, namespace(1)) >= 4
-    world.node.release(worker, leased.lease, [])
+    world.node.release(worker, leased.lease, [], world.now)
     assert world.put(worker, second) > 0
     assert world.node.faults() == []
 
@@ -292,7 +193,7 @@ def test_a_damaged_page_is_quarantined_and_its_descendants_stay() -> None:
     world.put(worker, keys)
     leased = world.node.lease(worker, wire.LeasePages(1, 0, keys[2], 5.0), world.now)
     offset = wire.LEASED_ROW.unpack(leased.rows)[0]
-    world.node.release(worker, leased.lease, [])
+    world.node.release(worker, leased.lease, [], world.now)
     world.memory[offset + 17] ^= 1
     assert world.take(worker, keys) == [True, True, False, True, True, True]
     assert world.node.counters["corrupt_payload"] == 1
@@ -364,7 +265,7 @@ def test_making_room_for_another_size_is_done_in_small_steps() -> None:
     worker = world.session(spec(1), spec(2, 0))
     world.session(spec(2, 1))
     single = wire.NamespaceSpec(namespace(9), 4096, 4, 0, 1, "kv", "small")
-    world.node.join(worker, [single])
+    world.node.join(worker, [single], 0.0)
     for n in range(12):
         world.put(worker, chain([n, 5, *range(398)], 4), ns=2)
     assert world.node.arena.free_extents == 0
@@ -405,10 +306,10 @@ def test_a_promise_ends_with_the_read_that_it_was_for() -> None:
     world.put(session, keys)
     for _ in range(2):
         world.node.lookup(session, wire.Lookup(1, 0, b"".join(keys), 5.0), world.now)
-    size_class = world.node.residency.size_classes()[0]
+    (line,) = world.node.stock.departures.offers()
     world.take(session, keys)
-    assert world.node.space.evict(size_class, 3, world.now) == 0, "another lookup still waits for its read"
+    assert world.node.space.evict(line, 3, world.now) == 0, "another lookup still waits for its read"
     world.take(session, keys)
     for _ in range(3):
-        world.node.space.evict(size_class, 3, world.now)
+        world.node.space.evict(line, 3, world.now)
     assert len(world.node.residency) == 0

@@ -1,15 +1,17 @@
 """The policy's parts by themselves: what is learnt, who leaves, what tenants may take. No trace, no clock."""
 
+import math
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvd.storage.policy import KINDS, Policy, trait
-from kvd.storage.quota import Pages, Quotas, Share, cheapest, expired, value, victims
+from kvd.storage.policy import Policy
+from kvd.storage.quota import Quotas, Share, loser
 from kvd.storage.reuse import AGES, Reuse, age_of
 from kvd.storage.sketch import MOST, Sketch
+from kvd.storage.worth import KINDS, TRAITS, Worth, trait
 
 PLAIN = trait(0, 1, False)
 
@@ -18,16 +20,16 @@ PLAIN = trait(0, 1, False)
 
 def filled(places: int) -> Policy:
     """Page n lies in place n and was used at n seconds."""
-    policy = Policy(places)
+    policy = Policy(Worth(places))
     for place in range(places):
-        policy.enter(place, policy.use(None, 1000 + place, PLAIN, float(place)), float(place))
+        policy.enter(place, PLAIN, float(place))
         policy.offer(place, float(place))
     return policy
 
 
 def test_without_experience_the_least_recently_used_page_leaves() -> None:
     policy = filled(8)
-    policy.use(0, 1000, trait(0, 0, False), 8.0)
+    policy.use(0, TRAITS + PLAIN, 8.0)
     assert policy.victims(3, 100.0) == [1, 2, 3]
     policy.check()
 
@@ -36,7 +38,7 @@ def test_a_victim_is_not_offered_again_until_the_caller_says_so() -> None:
     policy = filled(3)
     assert policy.victims(2, 10.0) == [0, 1]
     assert policy.victims(5, 10.0) == [2]
-    assert policy.lowest() is None
+    assert policy.lowest() == math.inf
     policy.offer(1, 11.0)
     assert policy.victims(5, 11.0) == [1]
 
@@ -51,7 +53,7 @@ def test_withdrawn_and_disallowed_pages_stay() -> None:
 def test_a_page_worth_less_than_the_others_is_refused() -> None:
     policy = filled(4)
     assert policy.victims(1, 4.0, below=0.0) == []
-    assert policy.victims(1, 4.0, below=policy.worth(0)) == [0]
+    assert policy.victims(1, 4.0, below=policy.density(1, 4.0)) == [0]
 
 
 def test_a_choice_after_a_long_pause_moves_few_pages() -> None:
@@ -63,13 +65,18 @@ def test_a_choice_after_a_long_pause_moves_few_pages() -> None:
 
 
 @settings(deadline=None)  # machines differ
-@given(st.lists(st.tuples(st.sampled_from("uowv"), st.integers(0, 9), st.integers(0, 400)), max_size=200))
+@given(st.lists(st.tuples(st.sampled_from("uowvl"), st.integers(0, 9), st.integers(0, 400)), max_size=200))
 def test_lines_hold_whatever_is_asked(steps: list[tuple[str, int, int]]) -> None:
-    policy, now, offered = Policy(10), 0.0, set[int]()
+    worth, now, offered = Worth(10), 0.0, set[int]()
+    policy = Policy(worth)
+    for place in range(10):
+        policy.enter(place, PLAIN, now)
     for what, place, later in steps:
         now += later
         if what == "u":
-            policy.use(place, place, trait(place, later, False), now)
+            policy.use(place, worth.use(place, trait(place, later, False), now), now)
+        elif what == "l":
+            worth.learn(now)
         elif what == "o":
             policy.offer(place, now)
             offered.add(place)
@@ -86,10 +93,10 @@ def test_lines_hold_whatever_is_asked(steps: list[tuple[str, int, int]]) -> None
 
 def test_the_same_calls_give_the_same_victims() -> None:
     def play() -> list[int]:
-        draw, policy, chosen = random.Random(7), filled(64), list[int]()
+        draw, policy, chosen, worth = random.Random(7), filled(64), list[int](), Worth(64)
         for step in range(10_000):
             place, now = draw.randrange(64), 64.0 + step / 10
-            policy.use(place, 1000 + place, trait(place, step % 40, False), now)
+            policy.use(place, worth.use(1000 + place, trait(place, step % 40, False), now), now)
             if step % 50 == 0:
                 chosen += policy.victims(1, now)
                 policy.offer(chosen[-1], now)
@@ -103,13 +110,14 @@ def test_the_same_calls_give_the_same_victims() -> None:
 
 def test_pages_that_come_back_are_kept_and_others_are_refused() -> None:
     """Odd keys return after ten seconds, every time; even ones never. Their kinds tell them apart."""
-    policy = Policy(100)
+    worth = Worth(100)
     good, bad = trait(0, 0, False), trait(0, 100, False)
     for now in range(6000):
-        policy.use(None, 1 + 2 * (now % 10), good, float(now))
-        policy.use(None, 2 * now + 100, bad, float(now))
-    kept, lost = policy.use(None, 1, good, 6000.0), policy.use(None, 99_990, bad, 6000.0)
-    assert policy.worth(kept) > 10 * policy.worth(lost)
+        worth.use(1 + 2 * (now % 10), good, float(now))
+        worth.use(2 * now + 100, bad, float(now))
+        if worth.due:
+            worth.learn(float(now))
+    assert worth.density(worth.kind(1, good)) > 10 * worth.density(worth.kind(99_990, bad))
 
 
 def test_a_page_is_worth_more_just_before_it_is_expected() -> None:
@@ -168,58 +176,43 @@ def test_every_trait_has_a_kind_of_its_own() -> None:
     assert KINDS == 40 * (MOST + 1)
 
 
-# -- value, time to live, pins, tenants -------------------------------------------------------------------
+# -- tenants --------------------------------------------------------------------------
 
 
-def test_value_is_seconds_saved_by_chance_and_byte() -> None:
-    assert value(0.5, 2.0, 4) == 0.25
-    assert cheapest({1: (0.1, 1.0, 100), 2: (0.1, 1.0, 1000), 3: (0.4, 1.0, 1000)}) == 2
-    assert cheapest({}) is None
-
-
-def test_a_page_expires_by_its_last_use() -> None:
-    assert expired(10.0, 70.0, 60.0)
-    assert not expired(10.0, 69.9, 60.0)
-    assert not expired(10.0, 1e9, None)
-
-
-def tenants(shares: dict[str, Share], owners: str) -> tuple[Policy, Quotas, Pages]:
-    """Page n belongs to the tenant with the n-th letter and was used at n seconds; pages have 10 bytes."""
+def tenants(shares: dict[str, Share], **held: int) -> Quotas:
+    """Pages have 10 bytes; `held` are pages."""
     quotas = Quotas(shares)
-    for owner in owners:
-        quotas.charge(owner, 10)
-    return filled(len(owners)), quotas, Pages(owners.__getitem__, lambda place: False, 10)
+    for owner, pages in held.items():
+        quotas.charge(owner, 10 * pages)
+    return quotas
 
 
-def test_without_shares_the_policy_alone_decides() -> None:
-    policy, quotas, pages = tenants({}, "abab")
-    assert victims(policy, quotas, pages, "a", 3, 10.0) == [0, 1, 2]
+def test_without_shares_the_least_dense_page_leaves_whosever_it_is() -> None:
+    quotas = tenants({}, a=2, b=2)
+    assert loser(quotas, "a", 10, 10, {"a": 0.2, "b": 0.1}) == "b"
+    assert loser(quotas, "a", 10, 10, {}) is None
 
 
-def test_a_tenant_keeps_its_reserve_against_others() -> None:
-    policy, quotas, pages = tenants({"a": Share(reserve_bytes=20)}, "aaabb")
-    assert victims(policy, quotas, pages, "b", 5, 10.0) == [0, 3, 4]
+def test_a_tenant_keeps_its_reserve_against_others_but_not_against_itself() -> None:
+    quotas = tenants({"a": Share(reserve_bytes=20)}, a=2, b=1)
+    assert loser(quotas, "b", 10, 10, {"a": 0.1, "b": 0.2}) == "b"
+    assert loser(quotas, "b", 10, 10, {"a": 0.1}) is None
+    assert loser(quotas, "a", 10, 10, {"a": 0.1, "b": 0.2}) == "a"
+    quotas.charge("a", 10)
+    assert loser(quotas, "b", 10, 10, {"a": 0.1, "b": 0.2}) == "a"
 
 
-def test_a_tenant_may_give_up_its_own_reserve() -> None:
-    policy, quotas, pages = tenants({"a": Share(reserve_bytes=30)}, "aaab")
-    assert victims(policy, quotas, pages, "a", 2, 10.0) == [0, 1]
-
-
-def test_a_tenant_above_its_burst_loses_first_and_only_down_to_it() -> None:
-    policy, quotas, pages = tenants({"b": Share(burst_bytes=10)}, "aabbb")
-    assert victims(policy, quotas, pages, "a", 3, 10.0) == [2, 3, 0]
+def test_a_tenant_above_its_burst_loses_first() -> None:
+    quotas = tenants({"b": Share(burst_bytes=10)}, a=2, b=2)
+    assert loser(quotas, "a", 10, 10, {"a": 0.1, "b": 0.9}) == "b"
+    quotas.release("b", 10)
+    assert loser(quotas, "a", 10, 10, {"a": 0.1, "b": 0.9}) == "a"
 
 
 def test_a_tenant_at_its_burst_makes_room_for_itself() -> None:
-    policy, quotas, pages = tenants({"b": Share(burst_bytes=20)}, "aabb")
-    assert victims(policy, quotas, pages, "b", 1, 10.0) == [2]
-
-
-def test_a_pinned_page_is_never_a_victim() -> None:
-    policy, quotas, _ = tenants({"a": Share(burst_bytes=0)}, "aab")
-    pages = Pages("aab".__getitem__, lambda place: place == 0, 10)
-    assert victims(policy, quotas, pages, "b", 3, 10.0) == [1, 2]
+    quotas = tenants({"b": Share(burst_bytes=20)}, a=2, b=2)
+    assert loser(quotas, "b", 10, 10, {"a": 0.1, "b": 0.9}) == "b"
+    assert loser(quotas, "b", 10, 10, {"a": 0.1}) is None
 
 
 def test_what_is_held_follows_charge_and_release() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvd.errors import SettingsError
-from kvd.settings import example, load_daemon_settings
+from kvd.settings import TenantSettings, example, load_daemon_settings
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +82,13 @@ def test_kvd_itself_ends_with_78_and_one_line(tmp_path: Path, variables: dict[st
 def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "deploy/kvd.toml").read_text()
     assert text == example(), "run: kvd --example-config > deploy/kvd.toml"
-    lines = [line.removeprefix("# ") for line in text.splitlines() if " = " in line or line.startswith("[")]
+    lines = [line.removeprefix("# ") for line in text.splitlines()]
+    lines = [line for line in lines if " = " in line or line.startswith("[")]
     uncommented = tmp_path / "kvd.toml"
-    unset = ("path", "uri", "ttl_s", "kvd's settings")  # without a default, or no setting at all
+    # without a default, or no setting at all
+    unset = ("path", "uri", "ttl_s", "ram_burst", "nvme_burst", "kvd's settings")
     uncommented.write_text("\n".join(line for line in lines if not line.startswith(unset)))
     settings = load_daemon_settings(uncommented, {})
-    assert settings == load_daemon_settings(None, {}).model_copy(update={"run_dir": Path("/run/kvd")})
+    assert settings.tenants == {"NAME": TenantSettings()}
+    defaults = {"run_dir": Path("/run/kvd"), "tenants": settings.tenants}
+    assert settings == load_daemon_settings(None, {}).model_copy(update=defaults)

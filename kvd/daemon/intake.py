@@ -5,21 +5,23 @@ its worker is dead. Pure: time is a number.
 """
 
 from kvd import wire
+from kvd.daemon.group import NO_PARENT
 from kvd.daemon.leases import Reservation, Write
 from kvd.daemon.partials import Partials
 from kvd.daemon.requests import bounded, joined, keys_of, valid_ttl
-from kvd.daemon.residency import NO_PARENT
 from kvd.daemon.sessions import Session
 from kvd.daemon.stock import Stock
 from kvd.errors import PeerError
 from kvd.pages import KEY_BYTES
 from kvd.storage.arena import slot_bytes_for
+from kvd.storage.worth import trait
 
 
 class Intake:
     """Requests of writers, and what became of them."""
 
     def __init__(self, stock: Stock) -> None:
+        self._stock = stock
         self._arena = stock.arena
         self._residency = stock.residency
         self._leases = stock.leases
@@ -38,24 +40,31 @@ class Intake:
         if len(request.parent) not in (0, KEY_BYTES):
             raise PeerError("a parent key has 32 bytes")
         parent = request.parent or NO_PARENT
-        size_class = slot_bytes_for(spec.page_bytes)
+        line = slot_bytes_for(spec.page_bytes), spec.tenant
+        fresh = sum(not self._stock.seen(spec.digest, key) for key in keys)
+        depth = self._stock.depth(spec.digest, parent)
         rows: list[bytes] = []
         writes: dict[int, Write] = {}
         full = False
-        for key in keys:
+        for position, key in enumerate(keys):
+            last = position == len(keys) - 1
             verdict, slot = wire.WRITE, None
-            if self._skip(spec, key, now):
+            if self._skip(spec, key, last, now):
                 verdict = wire.HELD
             elif not full:
-                slot = self._space.take(size_class, now, len(keys) - len(rows))
+                of = trait(depth + position if request.chained else 0, fresh, last)
+                slot = self._space.take(line, now, len(keys) - position, self._stock.bar(spec.digest, key, of))
                 full = slot is None
             if slot is None:
                 rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
-                self._counters["writes_dropped"] += verdict == wire.WRITE
+                if verdict == wire.WRITE:
+                    self._counters["writes_dropped"] += 1
+                    if not spec.shard:  # else every rank would count
+                        self._stock.refused(spec.digest, key, trait(depth + position, fresh, last), now)
             else:
                 offset, generation = self._arena.offset(slot), self._arena.generation(slot)
                 self._writing.add((spec.digest + key, spec.shard))
-                writes[offset] = Write(slot, generation, key, parent)
+                writes[offset] = Write(slot, generation, key, parent, fresh, last)
                 rows.append(wire.RESERVED_ROW.pack(offset, generation, wire.WRITE))
             parent = key if request.chained else NO_PARENT
         reservation = 0
@@ -65,11 +74,11 @@ class Intake:
             ).id
         return wire.Reserved(request.request, reservation, b"".join(rows))
 
-    def _skip(self, spec: wire.NamespaceSpec, key: bytes, now: float) -> bool:
+    def _skip(self, spec: wire.NamespaceSpec, key: bytes, last: bool, now: float) -> bool:
         name = spec.digest + key
         group = self._residency.get(spec.digest, key)
         if group is not None:
-            self._residency.touch(group, now)
+            self._stock.use(group, last, now)
             return True
         return (name, spec.shard) in self._writing or self._partials.has(spec.digest, key, spec.shard)
 
@@ -93,7 +102,7 @@ class Intake:
         return wire.Committed(request.request, reservation.committed)
 
     def _commit_one(self, reservation: Reservation, write: Write, checksum: bytes, now: float) -> None:
-        slot, _, key, parent = write
+        slot, key, parent = write.slot, write.key, write.parent
         self._writing.discard((reservation.namespace + key, reservation.shard))
         if self._residency.get(reservation.namespace, key) is not None:
             self._arena.give(slot)
@@ -102,21 +111,22 @@ class Intake:
             slot, reservation.length, reservation.shard, reservation.shards, reservation.namespace, key, parent,
             checksum,
         )  # fmt: skip
-        self._add_shard(reservation, slot, key, parent, now)
+        self._add_shard(reservation, write, now)
         reservation.committed += 1
         self._counters["pages_written"] += 1
 
-    def _add_shard(self, reservation: Reservation, slot: int, key: bytes, parent: bytes, now: float) -> None:
+    def _add_shard(self, reservation: Reservation, write: Write, now: float) -> None:
         namespace, shards, length = reservation.namespace, reservation.shards, reservation.length
+        slot, key, parent = write.slot, write.key, write.parent
         if shards == 1:
-            self._admit(namespace, key, parent, (slot,), length, now)
+            self._admit(namespace, key, parent, (slot,), length, now, write.fresh, write.last)
             return
         partial = self._partials.add(namespace, key, parent, reservation.shard, shards, length, slot, now)
         if partial is None:
             self._arena.give(slot)  # ranks disagree: the namespace should have kept them apart
             self._counters["shard_conflicts"] += 1
         elif partial.whole:
-            self._admit(namespace, key, partial.parent, partial.in_order, length, now)
+            self._admit(namespace, key, partial.parent, partial.in_order, length, now, write.fresh, write.last)
 
     def take_back(self, reservations: list[Reservation]) -> None:
         """Free the slots of ended reservations that were not committed."""

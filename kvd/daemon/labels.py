@@ -1,4 +1,5 @@
-"""What workers said about the namespaces they joined: for people (`kvdctl ls`), and to find a model's side pools.
+"""What workers said about the namespaces they joined: names for people (`kvdctl ls`), a model's side pools, whose
+pages they are, and what computing one again takes.
 
 Pure, and bounded whatever peers announce: the namespaces announced longest ago are forgotten first. Forgetting one
 costs its name in listings and nothing else.
@@ -18,6 +19,7 @@ class Labels:
 
     _specs: OrderedDict[bytes, NamespaceSpec] = field(default_factory=OrderedDict)
     _families: dict[bytes, set[bytes]] = field(default_factory=dict)
+    _rates: dict[bytes, float] = field(default_factory=dict)  # prefill tokens/s
 
     def __len__(self) -> int:
         return len(self._specs)
@@ -36,11 +38,30 @@ class Labels:
     def forget(self, digest: bytes) -> None:
         """A no-op for what is not known."""
         spec = self._specs.pop(digest, None)
+        self._rates.pop(digest, None)
         if spec is not None and spec.family in self._families:
             family = self._families[spec.family]
             family.discard(digest)
             if not family:
                 del self._families[spec.family]
+
+    def tenant(self, digest: bytes) -> str:
+        """Whose pages these are; "" where nobody said."""
+        spec = self._specs.get(digest)
+        return spec.tenant if spec is not None else ""
+
+    def measured(self, digest: bytes, prefill_tokens_per_s: float) -> None:
+        """A worker told how fast it computes."""
+        if digest in self._specs and prefill_tokens_per_s > 0:
+            self._rates[digest] = prefill_tokens_per_s
+
+    def saved_s_per_byte(self, digest: bytes) -> float:
+        """Seconds of prefill that a byte of these pages stands for; where nobody measured, as for the others."""
+        spec, rate = self._specs.get(digest), self._rates.get(digest)
+        if spec is not None and rate is not None and spec.page_tokens:
+            return spec.page_tokens / rate / (spec.page_bytes * spec.shards)
+        known = [self.saved_s_per_byte(other) for other in self._rates if self._specs[other].page_tokens]
+        return sum(known) / len(known) if known else 1.0
 
     def side_pools(self, digest: bytes) -> list[bytes]:
         """The other pools of a model whose KV pool this is; none for any other namespace."""

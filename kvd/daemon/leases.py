@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvd.daemon.residency import Group
+from kvd.daemon.group import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Write(NamedTuple):
     generation: int
     key: bytes
     parent: bytes
+    fresh: int  # how many pages of its request had never been seen
+    last: bool  # it ended the request
 
 
 @dataclass(slots=True)

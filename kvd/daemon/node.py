@@ -9,19 +9,21 @@ from typing import Protocol
 
 from kvd import wire
 from kvd.daemon.gate import decide
+from kvd.daemon.group import Group
 from kvd.daemon.intake import Intake
 from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
 from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_ttl
-from kvd.daemon.residency import Group
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.stock import Stock
 from kvd.daemon.writeback import Sink, WriteBack
 from kvd.errors import PeerError
 from kvd.index import IndexWriter
 from kvd.storage.arena import Arena, Header
+from kvd.storage.quota import Quotas
 
 MAX_NAMESPACES = 256  # of one session
+EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
 
 
 class Tier(Source, Sink, Protocol):
@@ -31,8 +33,12 @@ class Tier(Source, Sink, Protocol):
 class Node:
     """The RAM tier's decisions. `counters` are what `kvdctl status` shows."""
 
-    def __init__(self, arena: Arena, index: IndexWriter, sessions: Sessions) -> None:
-        stock = Stock(arena, index, sessions)
+    def __init__(
+        self, arena: Arena, index: IndexWriter, sessions: Sessions, quotas: Quotas | None = None,
+        ttl_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """`ttl_s`: how long a page stays unused."""
+        stock = Stock(arena, index, sessions, quotas or Quotas())
         self.stock = stock
         self.arena = arena
         self.index = index
@@ -47,9 +53,12 @@ class Node:
         self.writebacks: list[WriteBack] = []
         stock.on_admit = self._admitted
         self.warm_pages = 0
+        self._ttl_s = ttl_s
+        self._expire_at = 0.0
 
     def add_tier(self, bit: int, below: Tier, write_delay_s: float) -> WriteBack:
         """A tier below, slower than those before."""
+        self.stock.passes_on = True
         self.promotion.tiers.append(Lower(bit, below))
         self.writebacks.append(WriteBack(self.stock, bit, below, write_delay_s))
         return self.writebacks[-1]
@@ -60,7 +69,7 @@ class Node:
 
     # -- registration --------------------------------------------------------------------------------------
 
-    def join(self, session: Session, specs: list[wire.NamespaceSpec]) -> list[int]:
+    def join(self, session: Session, specs: list[wire.NamespaceSpec], now: float) -> list[int]:
         """Ids of the namespaces, in order. Raises PeerError or Refused."""
         ids: list[int] = []
         for spec in specs:
@@ -69,6 +78,8 @@ class Node:
                 if len(session.namespaces) >= MAX_NAMESPACES:
                     raise PeerError(f"{session} joins more than {MAX_NAMESPACES} namespaces")
                 session.namespaces.append(spec)
+            if spec.tenant != self.labels.tenant(spec.digest):
+                self.stock.belongs(spec.digest, spec.tenant, now)
             self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids
@@ -145,14 +156,15 @@ class Node:
                 continue
             header = self.arena.header(slot)
             if not self._matches(group, slot, header):
-                self.space.quarantine(group, "header")
+                self.space.quarantine(group, "header", now)
                 rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
                 continue
-            self.residency.touch(group, now)
             groups.append(group)
             rows.append(
                 wire.LEASED_ROW.pack(self.arena.offset(slot), header.generation, header.length, header.checksum)
             )
+        for group in groups:
+            self.stock.use(group, group is groups[-1], now)
         self.counters["ram_hits"] += len(groups)
         self.counters["ram_misses"] += len(rows) - len(groups)
         lease = self.leases.grant(session.id, tuple(groups), now, ttl_s).id if groups else 0
@@ -166,7 +178,7 @@ class Node:
             and self.arena.intact(slot, header)
         )
 
-    def release(self, session: Session, lease_id: int, bad: list[int]) -> None:
+    def release(self, session: Session, lease_id: int, bad: list[int], now: float) -> None:
         """End a lease. Pages a reader found damaged are quarantined, unless someone else has begun to use them."""
         lease = self.leases.release(lease_id, session.id)
         if lease is None:
@@ -175,7 +187,7 @@ class Node:
         self.leases.keep_promises(session.id, lease.groups)
         for position in bad:
             if 0 <= position < len(lease.groups):
-                self.space.quarantine(lease.groups[position], "payload")
+                self.space.quarantine(lease.groups[position], "payload", now)
 
     # -- time and death ------------------------------------------------------------------------------------
 
@@ -193,6 +205,11 @@ class Node:
         for writeback in self.writebacks:
             writeback.tick(now)
         self.intake.expire(now)
+        if self._ttl_s is not None and now >= self._expire_at:
+            self._expire_at = now + min(EXPIRE_EVERY_S, self._ttl_s / 4)
+            self.counters["ram_expired"] += self.space.expire(now - self._ttl_s, now, EXPIRE_AT_ONCE)
+        if self.stock.worth.due:
+            self.stock.worth.learn(now)
 
     # -- the arena of a previous daemon --------------------------------------------------------------------
 
@@ -200,7 +217,7 @@ class Node:
         """Admit every whole page among the sealed slots, parents before children; free the rest."""
         pages, spare = whole_pages(found)
         for header, slots in pages:
-            self.stock.admit(header.namespace, header.key, header.parent, slots, header.length, now)
+            self.stock.admit(header.namespace, header.key, header.parent, slots, header.length, now, used=False)
         for slot in spare:
             self.arena.give(slot)
         self.warm_pages = len(self.residency)

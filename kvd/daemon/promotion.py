@@ -109,7 +109,7 @@ class Promotion:
     def _take(self, spec: wire.NamespaceSpec, now: float) -> tuple[int, ...] | None:
         slots: list[int] = []
         for _ in range(spec.shards):
-            slot = self._stock.space.take(slot_bytes_for(spec.page_bytes), now, spec.shards)
+            slot = self._stock.space.take((slot_bytes_for(spec.page_bytes), spec.tenant), now, spec.shards)
             if slot is None:
                 for taken in slots:
                     self._arena.give(taken)

@@ -25,6 +25,7 @@ from kvd.settings import DaemonSettings
 from kvd.storage import memory
 from kvd.storage.arena import SUPERBLOCK_BYTES, Arena
 from kvd.storage.memory import ArenaMemory
+from kvd.storage.quota import Quotas, Share
 
 log = logging.getLogger("kvd.room")
 
@@ -67,7 +68,9 @@ def open_room(settings: DaemonSettings, inherited: dict[str, int]) -> Iterator[R
         index_map = mmap.mmap(index_fd, index_bytes(entries), mmap.MAP_SHARED | mmap.MAP_POPULATE)
         epoch = secrets.randbits(63)
         arena = Arena(arena_memory.view, settings.arena.extent_bytes)
-        node = Node(arena, IndexWriter(memoryview(index_map), entries, epoch), Sessions())
+        index = IndexWriter(memoryview(index_map), entries, epoch)
+        shares = {name: Share(s.ram_reserve_bytes, s.ram_burst_bytes) for name, s in settings.tenants.items()}
+        node = Node(arena, index, Sessions(), Quotas(shares), settings.arena.ttl_s)
         started = time.monotonic()
         if reason := arena.recognise():
             if reason != "new":

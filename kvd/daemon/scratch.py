@@ -24,7 +24,7 @@ def claim(node: Node, session: Session, specs: list[wire.NamespaceSpec]) -> None
             raise Refused("a scratch namespace cannot be shared", "choose a random digest")
 
 
-def drop(node: Node, session: Session) -> None:
+def drop(node: Node, session: Session, now: float) -> None:
     """The session has ended and holds nothing any more: forget its scratch pages, leaves first."""
     digests = {spec.digest for spec in session.namespaces if spec.scratch}
     if not digests:
@@ -33,6 +33,6 @@ def drop(node: Node, session: Session) -> None:
     for group in sorted(groups, key=lambda group: -group.depth):
         if group.held or not group.is_leaf:
             continue
-        node.space.drop(group)
+        node.space.drop(group, now)
     for digest in digests:
         node.labels.forget(digest)

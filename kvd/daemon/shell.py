@@ -71,11 +71,13 @@ class Shell:
                 member.send(wire.Pong(n, self.prefaulted))
             case wire.Join(namespaces):
                 scratch.claim(self._node, session, namespaces)
-                member.send(wire.Joined(self._node.join(session, namespaces)))
+                member.send(wire.Joined(self._node.join(session, namespaces, time.monotonic())))
             case wire.Report(circuit, counters):
                 if len(counters) > 256 or len(circuit) > MAX_CIRCUIT:
                     raise PeerError("an oversized report")
                 session.circuit, session.counters = circuit, counters
+                for spec in session.namespaces:
+                    self._node.labels.measured(spec.digest, counters.get("prefill_tokens_per_s", 0))
             case wire.GetStatus():
                 member.send(self.status())
             case wire.GetPrefixes(limit):
@@ -83,7 +85,7 @@ class Shell:
             case wire.Scan(cursor, limit):
                 member.send(self._scan(session, cursor, limit))
             case wire.EndScan(lease, bad):
-                self._node.release(session, lease, bad)
+                self._node.release(session, lease, bad, time.monotonic())
             case wire.Check(cursor):
                 faults, following = self._node.check(cursor, CHECK_AT_ONCE)
                 member.send(wire.Checked(faults[:MAX_FAULTS], len(self._node.residency), following))
@@ -122,7 +124,7 @@ class Shell:
         if isinstance(session, Session):
             self._by_ticket.pop(session.ticket, None)
             self._node.bury(session)
-            scratch.drop(self._node, session)
+            scratch.drop(self._node, session, time.monotonic())
             if session.role == "worker":
                 log.info("detached %r", session)
 
@@ -149,7 +151,7 @@ class Shell:
                 case wire.CommitPages():
                     return self._node.intake.commit(session, request, now)
                 case wire.ReleaseLease(lease, bad):
-                    self._node.release(session, lease, bad)
+                    self._node.release(session, lease, bad, time.monotonic())
                     return None
                 case wire.Lookup():
                     return self._node.lookup(session, request, now)

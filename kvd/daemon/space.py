@@ -4,12 +4,16 @@ Always true: a page is out of the index before the lease tables are read, and th
 """
 
 from collections import Counter
+from math import inf
 
+from kvd.daemon.departures import Line
+from kvd.daemon.group import Group, children
 from kvd.daemon.labels import Labels
-from kvd.daemon.residency import Group, Residency
+from kvd.daemon.residency import Residency
 from kvd.daemon.sessions import Sessions
 from kvd.index import LOWER, IndexWriter
 from kvd.storage.arena import Arena
+from kvd.storage.quota import Quotas, loser
 
 DRAIN_AT_ONCE = 256
 EVICT_AT_ONCE = 32  # reading the lease tables is the dear part: share it
@@ -20,71 +24,113 @@ class Space:
 
     def __init__(
         self, arena: Arena, index: IndexWriter, residency: Residency, sessions: Sessions, labels: Labels,
-        counters: Counter[str],
+        quotas: Quotas, counters: Counter[str],
     ) -> None:  # fmt: skip
         self._arena = arena
         self._index = index
         self._residency = residency
+        self._departures = residency.departures
+        self._quotas = quotas
         self._sessions = sessions
         self._labels = labels
         self._counters = counters
         self._draining: int | None = None  # an extent that is being emptied for another class
         self._drained = 0  # positions of it that were looked at
 
-    def take(self, size_class: int, now: float, want: int) -> int | None:
-        """A slot, for the first of `want` pages; None when nothing can leave."""
-        slot = self._arena.take(size_class)
-        if slot is None and self._make_room(size_class, now, want):
-            slot = self._arena.take(size_class)
+    def take(self, line: Line, now: float, want: int, below: float = inf) -> int | None:
+        """A slot for a page of this size class and tenant, the first of `want`; None when nothing can leave for it.
+
+        Pages that are denser than `below` stay.
+        """
+        slot = self._arena.take(line[0])
+        if slot is None and self._make_room(line, now, want, below):
+            slot = self._arena.take(line[0])
         return slot
 
-    def evict(self, size_class: int, want: int, now: float) -> int:
-        """Evict up to `want` pages of a class; how many left."""
-        return self._remove_unheld(self._residency.victims(size_class, want), now)
+    def evict(self, line: Line, want: int, now: float, below: float = inf) -> int:
+        """Evict up to `want` pages of a size class so that a tenant's pages fit; how many left."""
+        return self._remove_unheld(self._victims(line, want, now, below), now)
 
-    def drop(self, group: Group) -> None:
+    def _victims(self, line: Line, want: int, now: float, below: float) -> list[Group]:
+        size_class, asker = line
+        offers = {owner: density for (size, owner), density in self._departures.offers().items() if size == size_class}
+        chosen: list[Group] = []
+        lost: Counter[str] = Counter()
+        while len(chosen) < want:
+            owner = loser(self._quotas, asker, want * size_class, size_class, offers, lost)
+            if owner is None:
+                break
+            must = self._quotas.above(owner, lost[owner])
+            group = self._departures.victim((size_class, owner), now, inf if must else below)
+            if group is None:
+                del offers[owner]
+                continue
+            chosen.append(group)
+            lost[owner] += group.bytes
+            if len(offers) > 1:
+                offers[owner] = self._departures.lowest((size_class, owner))
+        return chosen
+
+    def drop(self, group: Group, now: float) -> None:
         """Forget an idle leaf at once."""
         self._index.withdraw(group.namespace, group.key)
-        self._forget(group)
+        self._forget(group, now)
 
-    def quarantine(self, group: Group, part: str) -> None:
+    def quarantine(self, group: Group, part: str, now: float) -> None:
         """A page is not what was stored: never serve it again, keep its descendants as chains of their own."""
         if self._residency.by_place(group.place) is not group:
             return
         self._counters[f"corrupt_{part}"] += 1
         self._index.withdraw(group.namespace, group.key)
-        for other in self._residency.disown(group):
+        for other in self._residency.disown(group, now):
             self._index.withdraw(other.namespace, other.key)
             self._publish(other)
-        self._forget(group, quarantined=True)
+        self._forget(group, now, quarantined=True)
 
-    def _make_room(self, size_class: int, now: float, want: int) -> bool:
-        """Evict from the class, or take an extent from a class whose oldest page is idle for twice as long."""
+    def expire(self, before: float, now: float, most: int) -> int:
+        """Evict up to `most` pages that nobody has used since `before`, each before its parent; how many left."""
+        overdue = [group for group in self._residency if group.last_use < before and not group.held]
+        victims: list[Group] = []
+        for group in sorted(overdue, key=lambda group: -group.depth):
+            if len(victims) < most and all(child.leaving for child in children(group)):
+                group.leaving = True
+                self._departures.withdraw(group)
+                victims.append(group)
+        return self._remove_unheld(victims, now)
+
+    def _make_room(self, line: Line, now: float, want: int, below: float) -> bool:
+        """Evict from the class, or take an extent from a class whose next page is worth less than half as much."""
+        size_class = line[0]
         idle = self._arena.idle_extent(size_class)
         if idle is not None:
             self._arena.release_extent(idle)
             self._draining = None if idle == self._draining else self._draining
             return True
-        own = self._residency.oldest_use(size_class)
-        others = [
-            (oldest, other)
-            for other in self._residency.size_classes()
-            if other != size_class and (oldest := self._residency.oldest_use(other)) is not None
-        ]
-        if self._draining is None and others:
-            oldest, other = min(others)
-            if own is None or now - oldest > 2 * (now - own):
-                self._begin_to_drain(other)
+        if self._draining is None:
+            worth = self._least_worth(now)
+            own, _ = worth.pop(size_class, (inf, None))
+            cheapest = min(worth.values(), key=lambda found: found[0], default=None)
+            if cheapest is not None and 2 * cheapest[0] < own:
+                self._begin_to_drain(cheapest[1])
         if self._draining is not None and self._drain(self._draining, now):
             return True
-        return self.evict(size_class, min(max(want, 1), EVICT_AT_ONCE), now) > 0
+        return self.evict(line, min(max(want, 1), EVICT_AT_ONCE), now, below) > 0
 
-    def _begin_to_drain(self, size_class: int) -> None:
+    def _least_worth(self, now: float) -> dict[int, tuple[float, Group]]:
+        """Of each size class the page that leaves next, and the seconds of prefill a byte of it saves per second."""
+        found: dict[int, tuple[float, Group]] = {}
+        for line in self._departures.offers():
+            group = self._departures.peek(line, now)
+            if group is not None:
+                worth = self._departures.density(group, now) * self._labels.saved_s_per_byte(group.namespace)
+                if group.size_class not in found or worth < found[group.size_class][0]:
+                    found[group.size_class] = worth, group
+        return found
+
+    def _begin_to_drain(self, first: Group) -> None:
         """Close the extent that holds a class's next candidate."""
-        first = self._residency.candidate(size_class)
-        if first is not None:
-            self._draining, self._drained = self._arena.extent_of(first.slots[0]), 0
-            self._arena.close_extent(self._draining)
+        self._draining, self._drained = self._arena.extent_of(first.slots[0]), 0
+        self._arena.close_extent(self._draining)
 
     def _drain(self, extent: int, now: float) -> bool:
         """Empty a part of a closed extent: a whole one of small pages would stall everybody. True when it is empty."""
@@ -97,6 +143,7 @@ class Space:
         victims = victims[:DRAIN_AT_ONCE]  # long conversations hang below: the deepest first, the rest next time
         for group in victims:
             group.leaving = True
+            self._departures.withdraw(group)
         self._remove_unheld(victims, now)
         if self._drained >= self._arena.slots(extent):
             self._drained = 0  # what was in use the first time may not be any more
@@ -113,13 +160,13 @@ class Space:
         removed = 0
         for group in victims:
             if group.place in held or not group.is_leaf:
-                self._residency.spare(group, now)
+                self._departures.spare(group, now)
                 self._publish(group)
                 continue
-            self._forget(group)
+            self._forget(group, now)
             removed += 1
             for sibling in self._idle_side_pages(group):
-                self.drop(sibling)
+                self.drop(sibling, now)
         self._counters["ram_evicted"] += removed
         return removed
 
@@ -131,8 +178,9 @@ class Space:
     def _publish(self, group: Group) -> None:
         self._index.publish(group.namespace, group.key, group.place, group.depth)
 
-    def _forget(self, group: Group, quarantined: bool = False) -> None:
-        self._residency.remove(group)
+    def _forget(self, group: Group, now: float, quarantined: bool = False) -> None:
+        self._residency.remove(group, now)
+        self._quotas.release(group.owner, group.bytes)
         if group.below:
             self._index.publish(group.namespace, group.key, LOWER | group.below, 0)
         for slot in group.slots:

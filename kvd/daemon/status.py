@@ -9,9 +9,9 @@ import psutil
 from kvd import __version__, wire
 from kvd.daemon import telemetry
 from kvd.daemon.below import Below
+from kvd.daemon.group import Group
 from kvd.daemon.node import Node
 from kvd.daemon.promotion import Lower
-from kvd.daemon.residency import Group
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
 from kvd.daemon.writeback import WriteBack

@@ -6,37 +6,64 @@ has it (`Group.below`), the index says so instead.
 
 from collections import Counter
 from collections.abc import Callable
+from math import inf
 
+from kvd.daemon.departures import Departures
+from kvd.daemon.group import NO_PARENT, Group
 from kvd.daemon.labels import Labels
 from kvd.daemon.leases import Leases
-from kvd.daemon.residency import Group, Residency
+from kvd.daemon.residency import Residency
 from kvd.daemon.sessions import Sessions
 from kvd.daemon.space import EVICT_AT_ONCE, Space
 from kvd.index import LOWER, IndexWriter
 from kvd.pages import NAMESPACE_BYTES
 from kvd.storage.arena import Arena
+from kvd.storage.quota import Quotas
 from kvd.storage.tier import Name, Page
+from kvd.storage.worth import Worth, trait
+
+_TYPICAL_PAGE_BYTES = 1 << 20  # for the size of what is remembered of pages
+_ONE_USE_S = 1.0
+
+
+def page_number(namespace: bytes, key: bytes) -> int:
+    """What `Worth` knows a page by: 64 bits of its name, which is a hash."""
+    return int.from_bytes(namespace[:8]) ^ int.from_bytes(key[:8])
 
 
 class Stock:
-    """`counters` are what `kvdctl status` shows; `on_admit` is told of every page that becomes resident."""
+    """`counters` are what `kvdctl status` shows; `on_admit` hears of every page that comes, `on_use` of every use."""
 
-    def __init__(self, arena: Arena, index: IndexWriter, sessions: Sessions) -> None:
+    def __init__(self, arena: Arena, index: IndexWriter, sessions: Sessions, quotas: Quotas) -> None:
         self.arena = arena
         self.index = index
-        self.residency = Residency()
+        self.worth = Worth(arena.extents * arena.extent_bytes // _TYPICAL_PAGE_BYTES)
+        self.departures = Departures(self.worth)
+        self.residency = Residency(self.departures)
+        self.quotas = quotas
         self.leases = Leases()
         self.labels = Labels()
         self.counters: Counter[str] = Counter()
-        self.space = Space(arena, index, self.residency, sessions, self.labels, self.counters)
+        self.space = Space(arena, index, self.residency, sessions, self.labels, self.quotas, self.counters)
         self.on_admit: Callable[[Group, float], None] = lambda group, now: None
+        self.passes_on = False  # there are tiers below
+        self.on_use: Callable[[Group], None] = lambda group: None
 
     def admit(
-        self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float
-    ) -> Group:
-        """A whole page becomes resident and visible. The caller has sealed its slots, and checked that it is not."""
+        self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float,
+        fresh: int = 0, last: bool = False, used: bool = True,
+    ) -> Group:  # fmt: skip
+        """A whole page becomes resident and visible. The caller has sealed its slots, and checked that it is not.
+
+        `fresh` and `last` as in `worth.trait`. `used`: somebody wants it now.
+        """
         size_class = self.arena.slot_bytes(slots[0])
-        group = self.residency.admit(namespace, key, parent, slots, length, size_class, now)
+        of = trait(self.depth(namespace, parent), fresh, last)
+        number = page_number(namespace, key)
+        kind = self.worth.use(number, of, now) if used else self.worth.kind(number, of)
+        owner = self.labels.tenant(namespace)
+        group = self.residency.admit(namespace, key, parent, slots, length, size_class, owner, kind, now)
+        self.quotas.charge(owner, group.bytes)
         group.below = self.below(namespace, key)
         if not self.index.publish(namespace, key, group.place, group.depth):
             self._make_room_in_index(group, now)
@@ -51,7 +78,7 @@ class Stock:
         self.counters["names_below_dropped"] += dropped
         if not dropped:
             group.leaving = True
-            self.space.evict(group.size_class, EVICT_AT_ONCE, now)
+            self.space.evict((group.size_class, group.owner), EVICT_AT_ONCE, now)
             group.leaving = False
 
     def admit_page(self, page: Page, slots: tuple[int, ...], now: float) -> Group:
@@ -61,6 +88,42 @@ class Stock:
                 slot, page.length, shard, page.shards, page.namespace, page.key, page.parent, page.checksums[shard]
             )
         return self.admit(page.namespace, page.key, page.parent, slots, page.length, now)
+
+    # -- what pages are worth ------------------------------------------------------------------------------
+
+    def use(self, group: Group, last: bool, now: float) -> None:
+        """Somebody read or offered a resident page. All ranks of a worker do, which is one use."""
+        if now - group.last_use < _ONE_USE_S:
+            return
+        group.last_use = now
+        kind = self.worth.use(page_number(group.namespace, group.key), trait(group.depth, 0, last), now)
+        self.departures.use(group, kind, now)
+        self.on_use(group)
+
+    def seen(self, namespace: bytes, key: bytes) -> bool:
+        """Whether the page was used lately, resident or not."""
+        return self.worth.seen(page_number(namespace, key))
+
+    def bar(self, namespace: bytes, key: bytes, of: int) -> float:
+        """What must be denser than this stays when a new page wants in. With tiers below all come in, on their way."""
+        return inf if self.passes_on else self.worth.density(self.worth.kind(page_number(namespace, key), of))
+
+    def refused(self, namespace: bytes, key: bytes, of: int, now: float) -> None:
+        """A page was offered and not taken in: that it was wanted is learnt all the same."""
+        self.worth.use(page_number(namespace, key), of, now)
+
+    def depth(self, namespace: bytes, parent: bytes) -> int:
+        """How many pages come before one with this parent, as far as they are resident."""
+        group = self.residency.get(namespace, parent) if parent != NO_PARENT else None
+        return group.depth + 1 if group is not None else 0
+
+    def belongs(self, namespace: bytes, tenant: str, now: float) -> None:
+        """It turned out whose pages these are: after a restart kvd does not know until a worker joins."""
+        for group in self.residency:
+            if group.namespace == namespace and group.owner != tenant:
+                self.quotas.release(group.owner, group.bytes)
+                self.departures.hand_over(group, tenant, now)
+                self.quotas.charge(tenant, group.bytes)
 
     # -- what a tier below holds ---------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvd.daemon.residency import Group
+from kvd.daemon.group import Group
 from kvd.daemon.stock import Stock
 from kvd.storage.tier import Page
 

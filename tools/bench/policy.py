@@ -9,6 +9,7 @@ adds to a tier of a million, and those that any tier takes.
 --quick leaves out the sizes where nearly everything fits.
 """
 
+import math
 import statistics
 import sys
 import time
@@ -17,6 +18,7 @@ import tracemalloc
 from kvd.ctl.simulate.cache import hit_rate
 from kvd.ctl.simulate.traces import Request, read
 from kvd.storage.policy import Policy
+from kvd.storage.worth import UNKNOWN, Worth
 from tools.bench._table import ROOT, Table, finish, options, progress
 
 DATA = ROOT.parent / "shared/data"
@@ -92,10 +94,11 @@ def _bytes() -> tuple[float, float]:
     taken = []
     for places in (1, 1_000_000):
         tracemalloc.start()
-        policy = Policy(places)
+        policy = Policy(Worth(places))
+        policy.enter(places - 1, UNKNOWN, 0.0)
         taken.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-        assert policy.lowest() is None, "it is empty"
+        assert policy.lowest() == math.inf, "it is empty"
     return taken[1] / 1_000_000, taken[0]
 
 

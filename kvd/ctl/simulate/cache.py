@@ -4,11 +4,13 @@ A block is hit when it is resident at the moment it is asked for. `kvd` is the d
 that a page stays as long as a page below it does; the references are flat, as they are published.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from kvd.ctl.simulate.reference import Arc, Lru, S3Fifo, TinyLfu, belady
 from kvd.ctl.simulate.traces import Request
-from kvd.storage.policy import Policy, trait
+from kvd.storage.policy import Policy
+from kvd.storage.worth import Worth, trait
 
 FLAT: dict[str, Callable[[int], Lru | S3Fifo | Arc | TinyLfu]] = {
     "lru": Lru, "s3fifo": S3Fifo, "arc": Arc, "tinylfu": TinyLfu,
@@ -34,7 +36,8 @@ class Chains:
     """The production policy over one tier, leaves first."""
 
     def __init__(self, capacity: int) -> None:
-        self.policy = Policy(capacity)
+        self.worth = Worth(capacity)
+        self.policy = Policy(self.worth)
         self._free = list(range(capacity - 1, -1, -1))
         self._place: dict[int, int] = {}  # block -> where it lies
         self._block = [0] * capacity
@@ -42,20 +45,28 @@ class Chains:
         self._children = [0] * capacity
 
     def replay(self, request: Request) -> int:
-        """One request: how many of its blocks were there."""
-        blocks, now, policy = request.blocks, request.at, self.policy
-        fresh = len(blocks) - _known(blocks, policy.seen)
+        """One request: how many of its blocks were there.
+
+        What the daemon knows of a page is what it is told: reads of a prefix, and what is stored after it.
+        """
+        blocks, now, worth = request.blocks, request.at, self.worth
+        found = sum(1 for _ in takewhile(self._place.__contains__, blocks))
+        fresh = sum(not worth.seen(block) for block in blocks[found:])
         hits, parent, whole = 0, -1, True
         for depth, block in enumerate(blocks):
+            of = trait(depth, fresh if depth >= found else 0, depth == len(blocks) - 1)
+            kind = worth.use(block, of, now)
             place = self._place.get(block)
-            kind = policy.use(place, block, trait(depth, fresh, depth == len(blocks) - 1), now)
             if place is not None:
                 hits += 1
+                self.policy.use(place, kind, now)
             elif whole:
                 place = self._admit(block, parent, kind, now)
                 whole = place is not None
             if place is not None:
                 parent = place
+        if worth.due:
+            worth.learn(now)
         return hits
 
     def check(self) -> None:
@@ -72,7 +83,7 @@ class Chains:
 
     def _admit(self, block: int, parent: int, kind: int, now: float) -> int | None:
         if not self._free:
-            for victim in self.policy.victims(1, now, lambda place: place != parent, self.policy.worth(kind)):
+            for victim in self.policy.victims(1, now, lambda place: place != parent, self.worth.density(kind)):
                 self._evict(victim, now)
             if not self._free:
                 return None
@@ -94,13 +105,3 @@ class Chains:
             self._children[parent] -= 1
             if not self._children[parent]:
                 self.policy.offer(parent, now)
-
-
-def _known(blocks: Iterable[int], seen: Callable[[int], bool]) -> int:
-    """How many blocks from the first on have been seen."""
-    count = 0
-    for block in blocks:
-        if not seen(block):
-            break
-        count += 1
-    return count
