@@ -9,6 +9,8 @@ Always true: what was evicted is observed as long as what stayed, so the choice 
 learnt; the sample is bounded, and when it is full every second page leaves it, by key.
 """
 
+from collections.abc import Iterator
+
 AGES = 16  # age b lies in [2**b - 1, 2**(b+1) - 1) seconds; the last one is open
 _STARTS = tuple(2.0**b - 1 for b in range(AGES + 1))
 _LENGTHS = tuple(2.0**b for b in range(AGES))
@@ -16,6 +18,7 @@ _LENGTHS = tuple(2.0**b for b in range(AGES))
 # to return in every doubling of the age. Alone that makes the density fall with age, which is the LRU order.
 _PRIOR_PAGES = 8.0
 _PRIOR_HAZARD = 0.02
+_AT_ONCE = 10  # kinds in one step of a lesson
 _FADE = 0.9  # of all counts, each `_FADE_EVERY` lessons: habits change
 _FADE_EVERY = 10
 _MIX = 0xFF51AFD7ED558CCD  # of MurmurHash3: spreads keys that are small numbers
@@ -60,18 +63,26 @@ class Reuse:
         if len(self._where) > self._sample:
             self._thin()
 
-    def learn(self, now: float) -> None:
-        """Move the sample on to the ages it has reached, and work out the densities again."""
+    def lesson(self, now: float) -> Iterator[None]:
+        """Move the sample on to the ages it has reached, and work out the densities again; in steps of about 1 ms."""
         for age in range(AGES - 2, -1, -1):  # the oldest first: so each age stays in the order of last use
             self._grow_older(age, now)
+            yield
         self._lessons += 1
         if self._lessons % _FADE_EVERY == 0:
             self._scale(_FADE)
         average = self._pooled()
-        self.density = [
-            _density(_hazard(returned, reached, average)) if any(reached) else _density(average)
-            for returned, reached in zip(self._returned, self._reached, strict=True)
-        ]
+        unknown, found = _density(average), list[tuple[float, ...]]()
+        for number, (returned, reached) in enumerate(zip(self._returned, self._reached, strict=True)):
+            found.append(_density(_hazard(returned, reached, average)) if any(reached) else unknown)
+            if number % _AT_ONCE == 0:
+                yield
+        self.density = found
+
+    def learn(self, now: float) -> None:
+        """A whole lesson at once."""
+        for _ in self.lesson(now):
+            pass
 
     def __len__(self) -> int:
         return len(self._where)

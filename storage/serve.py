@@ -37,7 +37,7 @@ class Server:
         self._sock = sock
         self._arena = arena
         self._send_lock = threading.Lock()
-        self._stores: queue.SimpleQueue[tierwire.Store] = queue.SimpleQueue()
+        self._stores: queue.SimpleQueue[tierwire.Store | tierwire.Judge | tierwire.Used] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
         for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
             threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
@@ -86,10 +86,15 @@ class Server:
 
     def _store_forever(self) -> None:
         while True:
-            request = self._stores.get()
-            flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in request.rows])
-            self._tell_news()  # before the answer: kvd must know what left before it believes what came
-            self.send(tierwire.Stored(request.request, flags))
+            match self._stores.get():
+                case tierwire.Store(request, rows):
+                    flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in rows])
+                    self._tell_news()  # before the answer: kvd must know what left before it believes what came
+                    self.send(tierwire.Stored(request, flags))
+                case tierwire.Judge(density):
+                    self._tier.judge(density)
+                case tierwire.Used(names, kinds):
+                    self._tier.used(list(zip(tierwire.split(names), kinds, strict=True)))
 
     def _news_forever(self) -> None:
         for names in self._tier.names():
@@ -102,7 +107,7 @@ class Server:
 
     def _gauge_forever(self) -> None:
         while True:
-            self.send(tierwire.Gauge(*self._tier.usage(), dict(self._tier.counters)))
+            self.send(tierwire.Gauge(*self._tier.usage(), dict(self._tier.counters), floor=self._tier.floor))
             time.sleep(GAUGE_EVERY_S)
 
     def _tell_news(self) -> None:
@@ -122,7 +127,10 @@ def open_tier(settings: dict[str, Any]) -> Tier:
     if kind == "nvme":
         from kvd.storage.nvme import NvmeTier
 
-        return NvmeTier(Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"])
+        return NvmeTier(
+            Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"],
+            settings["ttl_s"],
+        )  # fmt: skip
     if kind == "shared":
         from kvd.storage.shared import SharedTier
 

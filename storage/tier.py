@@ -9,6 +9,7 @@ hangs, or kills who reads it, takes nobody along.
     find    what `get` would bring, without reading payloads; may be wrong about damage and nothing else
     remove  gone when it returns, also after a crash
     news    names that came or left without the caller's doing: evicted, damaged, stored or removed by another node
+    judge, used    hints at what is worth keeping; a tier that has an order of its own ignores them
 
 A tier may drop any page at any time (it is a cache) and says so in `news`. It never gives back bytes of another page.
 What the medium does (full, broken, slow, gone) is a `TierError`, or False and None for the pages concerned.
@@ -36,6 +37,7 @@ class Page(NamedTuple):
     length: int  # payload bytes of one shard
     checksums: tuple[bytes, ...]  # xxh3-128 of each shard's payload, shard 0 first
     tokens: int = 0  # that one page stands for
+    kind: int = 0  # what is known of its worth: kvd.storage.worth
 
     @property
     def name(self) -> Name:
@@ -93,6 +95,19 @@ class Tier(Protocol):
         ...
 
     def news(self) -> News: ...
+
+    def judge(self, density: Sequence[float]) -> None:
+        """What was learnt: a density for each kind and age, see kvd.storage.worth."""
+        ...
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        """Pages were used elsewhere, and are of these kinds now."""
+        ...
+
+    @property
+    def floor(self) -> float | None:
+        """A page of less density than this would only push out better ones; None: the tier cannot tell."""
+        ...
 
     def usage(self) -> Usage: ...
 

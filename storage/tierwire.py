@@ -24,15 +24,18 @@ class Row(msgspec.Struct, array_like=True, frozen=True):
     length: int
     checksums: list[bytes]
     tokens: int
+    kind: int
     offsets: list[int]
 
     @classmethod
     def of(cls, page: Page, offsets: list[int]) -> "Row":
-        return cls(page.namespace, page.key, page.parent, page.length, list(page.checksums), page.tokens, offsets)
+        fixed = page.namespace, page.key, page.parent, page.length
+        return cls(*fixed, list(page.checksums), page.tokens, page.kind, offsets)
 
     @property
     def page(self) -> Page:
-        return Page(self.namespace, self.key, self.parent, self.length, tuple(self.checksums), self.tokens)
+        fixed = self.namespace, self.key, self.parent, self.length
+        return Page(*fixed, tuple(self.checksums), self.tokens, self.kind)
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t"):
@@ -58,7 +61,20 @@ class Load(Message, tag="load", frozen=True):
     offsets: list[list[int]]
 
 
-ToTier = Store | Load
+class Judge(Message, tag="judge", frozen=True):
+    """A density for each kind and age."""
+
+    density: list[float]
+
+
+class Used(Message, tag="used", frozen=True):
+    """Pages that were used elsewhere, and a byte for the kind of each."""
+
+    names: bytes
+    kinds: bytes
+
+
+ToTier = Store | Load | Judge | Used
 
 # -- from the tier -----------------------------------------------------------------------------------------------
 
@@ -78,6 +94,7 @@ class Gauge(Message, tag="gauge", frozen=True):
     bytes_total: int
     counters: dict[str, int]
     trouble: str = ""
+    floor: float | None = None
 
 
 class Stored(Message, tag="stored", frozen=True):

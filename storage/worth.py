@@ -7,12 +7,14 @@ of least density is the one to let go, and a new page that is worth less than al
 Time is a number; a key is an int of 64 well-mixed bits. The same calls give the same answers on every machine.
 """
 
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 from kvd.storage.reuse import AGES, Reuse
 from kvd.storage.sketch import MOST, Sketch
 
-TRAITS: Final = 40
+DEPTHS, _NEWS = 5, 4  # how many steps of each a trait tells apart
+TRAITS: Final = DEPTHS * _NEWS * 2
 KINDS: Final = (MOST + 1) * TRAITS
 UNKNOWN: Final = 0  # the kind of a page of which nothing is known: a first page, used once
 _LEARN_EVERY = 4096  # uses between two lessons
@@ -26,7 +28,12 @@ def trait(depth: int, fresh: int, last: bool) -> int:
     """
     steps = (depth > 0) + (depth > 3) + (depth > 15) + (depth > 47)
     news = (fresh > 2) + (fresh > 7) + (fresh > 31)
-    return (steps * 4 + news) * 2 + last
+    return (steps * _NEWS + news) * 2 + last
+
+
+def depth_of(kind: Any) -> Any:
+    """The step of depth of a kind, or of an array of kinds."""
+    return kind % TRAITS // (_NEWS * 2)
 
 
 class Ranks(NamedTuple):
@@ -45,7 +52,7 @@ class Worth:
         self.reuse = Reuse(KINDS)
         self._sketch = Sketch(places)
         self._uses = 0
-        self.ranks = self._sorted()
+        self.ranks = _ranks(self.reuse.density)
 
     def seen(self, key: int) -> bool:
         """Whether the page was used lately, resident or not. Wrongly true for a few keys in a hundred."""
@@ -64,23 +71,33 @@ class Worth:
 
     @property
     def due(self) -> bool:
-        """There is enough to learn from. A lesson takes some milliseconds: not in a request's way."""
+        """There is enough to learn from."""
         return self._uses >= _LEARN_EVERY
 
-    def learn(self, now: float) -> None:
+    def lesson(self, now: float) -> Iterator[None]:
+        """Learn, in steps of about 1 ms: pages may be used and may leave between them."""
         self._uses = 0
-        self.reuse.learn(now)
-        self.ranks = self._sorted()
+        yield from self.reuse.lesson(now)
+        self.ranks = _ranks(self.reuse.density)
+
+    def learn(self, now: float) -> None:
+        """A whole lesson at once."""
+        for _ in self.lesson(now):
+            pass
 
     def density(self, kind: int, age: int = 0) -> float:
         """Of a page of this kind; `age` as `reuse.age_of` counts it since its last use."""
         return self.ranks.density[kind * AGES + age]
 
-    def _sorted(self) -> Ranks:
-        """Among equals the older age comes first."""
-        density = [value for ages in self.reuse.density for value in ages]
-        by_rank = sorted(range(KINDS * AGES), key=lambda line: (density[line], -(line % AGES), line))
-        rank = [0] * len(by_rank)
-        for at, line in enumerate(by_rank):
-            rank[line] = at
-        return Ranks(density, by_rank, rank)
+
+_OLDEST_FIRST: Final = sorted(range(KINDS * AGES), key=lambda line: (-(line % AGES), line))
+
+
+def _ranks(densities: Sequence[Sequence[float]]) -> Ranks:
+    """Among equals the older age comes first."""
+    density = [value for ages in densities for value in ages]
+    by_rank = sorted(_OLDEST_FIRST, key=density.__getitem__)
+    rank = [0] * len(by_rank)
+    for at, line in enumerate(by_rank):
+        rank[line] = at
+    return Ranks(density, by_rank, rank)

@@ -26,6 +26,18 @@ class DictTier:
         self.ready = True
         self.pages: dict[Name, tuple[Page, list[bytes]]] = {}
         self._owed: list[Callable[[], None]] = []
+        self.floor = 0.0
+        self.density: Sequence[float] = ()
+        self.kinds: dict[Name, int] = {}
+
+    def judge(self, density: Sequence[float]) -> None:
+        self.density = density
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        self.kinds.update(pages)
+
+    def wants(self, density: float, before: int) -> bool:
+        return density >= self.floor
 
     def load(
         self, length: int, wanted: Sequence[tuple[Name, list[int]]], done: Callable[[list[Page | None]], None]
@@ -233,6 +245,39 @@ def test_a_full_index_shows_what_is_in_ram_first() -> None:
         assert world.leading(keys, namespace(1)) == 40
     assert world.node.index.lower < 630
     assert world.node.counters["index_full"] == 0
+
+
+def test_what_is_worth_less_than_what_would_leave_is_written_once_it_is_used_again(world: TwoTiers) -> None:
+    session = world.session(spec(1))
+    world.tier.floor = 1e9
+    world.put(session, KEYS[0])
+    world.settle()
+    assert not world.tier.pages
+    assert world.node.counters["not_worth_writing"] == len(KEYS[0])
+    world.tier.floor = 0.0
+    world.settle()
+    assert not world.tier.pages, "nobody has asked for them since"
+    world.take(session, KEYS[0])
+    world.settle()
+    assert len(world.tier.pages) == len(KEYS[0])
+
+
+def test_a_tier_hears_what_was_learnt_and_which_of_its_pages_are_used(world: TwoTiers) -> None:
+    session = world.session(spec(1))
+    world.put(session, KEYS[0])
+    world.settle()
+    assert world.tier.density == world.node.stock.worth.ranks.density
+    assert world.tier.kinds == {}
+    world.now += 10.0
+    world.take(session, KEYS[0][:5])
+    world.node.tick(world.now)
+    assert set(world.tier.kinds) == {namespace(1) + key for key in KEYS[0][:5]}
+    world.tier.density = ()
+    world.tier.ready = False
+    world.node.tick(world.now)
+    world.tier.ready = True
+    world.node.tick(world.now)
+    assert world.tier.density, "a tier that starts anew hears it again"
 
 
 class TwoTierMachine(RuleBasedStateMachine):

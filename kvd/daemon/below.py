@@ -27,6 +27,7 @@ log = logging.getLogger("kvd.tier")
 SILENT_AFTER_S = 10.0  # it says how it is twice a second
 START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
 _OPENING = "opening"
+_FULL = 0.95
 _WELL_AFTER_S = 60.0  # up for as long, a failure is the first again
 
 Loaded = Callable[[list[Page | None]], None]
@@ -41,6 +42,7 @@ class Gauge:
     bytes_used: int = 0
     bytes_total: int = 0
     counters: dict[str, int] = field(default_factory=dict)
+    floor: float | None = None  # a page of less density is not worth storing; None: it cannot tell
 
 
 class Below:
@@ -94,6 +96,23 @@ class Below:
         self._asked[self._request] = time.monotonic()
         self._stores[self._request] = (len(pages), done)
         self._send(tierwire.Store(self._request, [tierwire.Row.of(page, offsets) for page, offsets in pages]))
+
+    def judge(self, density: Sequence[float]) -> None:
+        """Tell what was learnt of which pages are worth keeping."""
+        self._send(tierwire.Judge(list(density)))
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        """Tell which of its pages were used, and of which kinds they are now."""
+        self._send(tierwire.Used(b"".join(name for name, _ in pages), bytes(kind for _, kind in pages)))
+
+    def wants(self, density: float, before: int) -> bool:
+        """Whether a page is worth storing; `before`: how often it had been used before its last use.
+
+        While there is room, any. A full tier that cannot tell what it would lose takes what has been used again.
+        """
+        if self.gauge.floor is not None:
+            return density >= self.gauge.floor
+        return before > 0 or self.gauge.bytes_used < _FULL * self.gauge.bytes_total
 
     def _send(self, message: tierwire.ToTier) -> None:
         if self._sock is None:
@@ -152,8 +171,8 @@ class Below:
                 stored(flags)
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
-            case tierwire.Gauge(pages, used, total, counters, trouble):
-                self.gauge = Gauge(pages, used, total, counters)
+            case tierwire.Gauge(pages, used, total, counters, trouble, floor):
+                self.gauge = Gauge(pages, used, total, counters, floor)
                 self._last_words = trouble
                 if self.trouble and not trouble:
                     log.info("%s: works", self.name)

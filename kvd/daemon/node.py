@@ -4,12 +4,13 @@ Each method is one request: it changes memory that the node owns and returns the
 only when every shard of it is committed, and leaves the index before its slots are reused.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from kvd import wire
 from kvd.daemon.gate import decide
 from kvd.daemon.group import Group
+from kvd.daemon.hints import Hints, Listener
 from kvd.daemon.intake import Intake
 from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
@@ -26,7 +27,7 @@ MAX_NAMESPACES = 256  # of one session
 EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
 
 
-class Tier(Source, Sink, Protocol):
+class Tier(Source, Sink, Listener, Protocol):
     """A tier below, as far as the node needs it."""
 
 
@@ -51,21 +52,30 @@ class Node:
         self.intake = Intake(stock)
         self.promotion = Promotion(stock)
         self.writebacks: list[WriteBack] = []
+        self.hints: list[Hints] = []
         stock.on_admit = self._admitted
+        stock.on_use = self._used
         self.warm_pages = 0
         self._ttl_s = ttl_s
         self._expire_at = 0.0
+        self._lesson: Iterator[None] | None = None
 
     def add_tier(self, bit: int, below: Tier, write_delay_s: float) -> WriteBack:
         """A tier below, slower than those before."""
         self.stock.passes_on = True
         self.promotion.tiers.append(Lower(bit, below))
         self.writebacks.append(WriteBack(self.stock, bit, below, write_delay_s))
+        self.hints.append(Hints(self.stock.worth, bit, below))
         return self.writebacks[-1]
 
     def _admitted(self, group: Group, now: float) -> None:
         for writeback in self.writebacks:
             writeback.admitted(group, now)
+
+    def _used(self, group: Group, kind: int, now: float) -> None:
+        for hints in self.hints:
+            hints.used(group, kind)
+        self._admitted(group, now)  # what was not worth writing may be now
 
     # -- registration --------------------------------------------------------------------------------------
 
@@ -208,8 +218,12 @@ class Node:
         if self._ttl_s is not None and now >= self._expire_at:
             self._expire_at = now + min(EXPIRE_EVERY_S, self._ttl_s / 4)
             self.counters["ram_expired"] += self.space.expire(now - self._ttl_s, now, EXPIRE_AT_ONCE)
-        if self.stock.worth.due:
-            self.stock.worth.learn(now)
+        if self._lesson is None and self.stock.worth.due:
+            self._lesson = self.stock.worth.lesson(now)
+        if self._lesson is not None and next(self._lesson, self) is self:  # a step a tick: nobody waits for it
+            self._lesson = None
+        for hints in self.hints:
+            hints.tick()
 
     # -- the arena of a previous daemon --------------------------------------------------------------------
 

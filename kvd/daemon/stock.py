@@ -47,7 +47,7 @@ class Stock:
         self.space = Space(arena, index, self.residency, sessions, self.labels, self.quotas, self.counters)
         self.on_admit: Callable[[Group, float], None] = lambda group, now: None
         self.passes_on = False  # there are tiers below
-        self.on_use: Callable[[Group], None] = lambda group: None
+        self.on_use: Callable[[Group, int, float], None] = lambda group, kind, now: None
 
     def admit(
         self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float,
@@ -98,7 +98,7 @@ class Stock:
         group.last_use = now
         kind = self.worth.use(page_number(group.namespace, group.key), trait(group.depth, 0, last), now)
         self.departures.use(group, kind, now)
-        self.on_use(group)
+        self.on_use(group, kind, now)
 
     def seen(self, namespace: bytes, key: bytes) -> bool:
         """Whether the page was used lately, resident or not."""

@@ -12,6 +12,7 @@ from typing import Protocol
 from kvd.daemon.group import Group
 from kvd.daemon.stock import Stock
 from kvd.storage.tier import Page
+from kvd.storage.worth import TRAITS
 
 BATCH_BYTES = 64 << 20
 _BATCH_PAGES = 256
@@ -26,6 +27,8 @@ class Sink(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    def wants(self, density: float, before: int) -> bool: ...
+
     def store(self, pages: Sequence[tuple[Page, list[int]]], done: Callable[[list[bool]], None]) -> None: ...
 
 
@@ -38,6 +41,7 @@ class WriteBack:
         self._delay_s = delay_s
         self._arena = stock.arena
         self._residency = stock.residency
+        self._departures = stock.departures
         self._leases = stock.leases
         self._labels = stock.labels
         self._counters = stock.counters
@@ -49,7 +53,7 @@ class WriteBack:
         return len(self._queue) + self._writing
 
     def admitted(self, group: Group, now: float) -> None:
-        """A page has become resident."""
+        """A page has become resident, or was used again."""
         if group.below & self._tier:
             return
         if len(self._queue) >= MAX_QUEUE:
@@ -69,7 +73,11 @@ class WriteBack:
                 break
             self._queue.popleft()
             group = self._residency.by_place(place)
-            if group is None or group.below & self._tier or group.leaving or not self._worth(group):
+            if group is None or group.below & self._tier or group.leaving or not self._sound(group):
+                continue
+            density, kind = self._departures.density(group, now), self._departures.kind(group)
+            if not self._sink.wants(density, kind // TRAITS):
+                self._counters["not_worth_writing"] += 1
                 continue
             batch.append(group)
             size += group.size_class * len(group.slots)
@@ -90,7 +98,7 @@ class WriteBack:
 
         self._sink.store(pages, done)
 
-    def _worth(self, group: Group) -> bool:
+    def _sound(self, group: Group) -> bool:
         """Its headers are sound, and it is no page that leaves with its session."""
         spec = self._labels.get(group.namespace)
         if spec is not None and spec.scratch:
@@ -100,8 +108,8 @@ class WriteBack:
     def _page(self, group: Group) -> Page:
         spec = self._labels.get(group.namespace)
         checksums = tuple(self._arena.header(slot).checksum for slot in group.slots)
-        tokens = spec.page_tokens if spec else 0
-        return Page(group.namespace, group.key, group.parent_key, group.length, checksums, tokens)
+        tokens, kind = spec.page_tokens if spec else 0, self._departures.kind(group)
+        return Page(group.namespace, group.key, group.parent_key, group.length, checksums, tokens, kind)
 
     def everything(self, now: float) -> None:
         """The tier has said all that it holds: whatever else is resident goes there."""

@@ -2,10 +2,13 @@
 
 Database `pages`, key = name (48 bytes), value, little-endian:
 
-    [slot u64][length u32][tokens u32][sequence u64][shards u16][0 6][parent 32][seal u64]  ([checksum 16])*
+    [slot u64][length u32][tokens u32][sequence u64][shards u16][kind u8][0 u8][stored u32][parent 32][seal u64]
+    ([checksum 16])*
 
-`slot` is segment << 20 | position. `sequence` grows from commit to commit. The seal is xxh3_64 over the name, what is
-before the seal and the checksums after it, for LMDB itself notices no flipped bit. Database `meta`, key `format`:
+`slot` is segment << 20 | position. `sequence` grows from commit to commit. `kind` is what was known of the page's
+worth (kvd.storage.worth), `stored` when it came, in seconds since 1970; the first kvd wrote 0 for both. The seal is
+xxh3_64 over the name, what is before the seal and the checksums after it, for LMDB itself notices no flipped bit.
+Database `meta`, key `format`:
 
     [magic 8][version u32][0 u32][uuid 16][segment_bytes u64]
 
@@ -34,12 +37,22 @@ from kvd.storage.tier import NAME_BYTES, Name, Page, TierError
 MAGIC: Final = b"KVDNVME\0"
 VERSION: Final = 1
 META: Final = struct.Struct("<8sI4x16sQ")
-_FIXED: Final = struct.Struct("<QIIQH6x32s")
+_FIXED: Final = struct.Struct("<QIIQHBxI32s")
 _SEAL: Final = struct.Struct("<Q")
 CHECKSUM_BYTES: Final = 16
 HEAD_BYTES: Final = _FIXED.size + _SEAL.size
 HEAD: Final = np.dtype(
-    [("slot", "<u8"), ("length", "<u4"), ("tokens", "<u4"), ("sequence", "<u8"), ("shards", "<u2"), ("rest", "V46")]
+    [
+        ("slot", "<u8"),
+        ("length", "<u4"),
+        ("tokens", "<u4"),
+        ("sequence", "<u8"),
+        ("shards", "<u2"),
+        ("kind", "u1"),
+        ("zero", "u1"),
+        ("stored", "<u4"),
+        ("rest", "V40"),
+    ]
 )
 PIECE: Final = 1 << 16  # names per piece
 HEADS: Final = 512  # records per piece of `heads`: they stay in the processor's cache, which halves the time
@@ -53,6 +66,7 @@ class Record(NamedTuple):
     slot: int
     sequence: int
     page: Page
+    stored: int = 0  # seconds since 1970
 
 
 class Heads(NamedTuple):
@@ -65,7 +79,9 @@ class Heads(NamedTuple):
 
 def pack(record: Record) -> bytes:
     page = record.page
-    fixed = _FIXED.pack(record.slot, page.length, page.tokens, record.sequence, page.shards, page.parent)
+    fixed = _FIXED.pack(
+        record.slot, page.length, page.tokens, record.sequence, page.shards, page.kind, record.stored, page.parent
+    )
     checksums = b"".join(page.checksums)
     return fixed + _SEAL.pack(_seal(page.name, fixed, checksums)) + checksums
 
@@ -75,12 +91,12 @@ def unpack(name: Name, value: bytes) -> Record | None:
     if len(value) <= HEAD_BYTES or (len(value) - HEAD_BYTES) % CHECKSUM_BYTES:
         return None
     fixed, checksums = value[: _FIXED.size], value[HEAD_BYTES:]
-    slot, length, tokens, sequence, shards, parent = _FIXED.unpack(fixed)
+    slot, length, tokens, sequence, shards, kind, stored, parent = _FIXED.unpack(fixed)
     if _SEAL.unpack_from(value, _FIXED.size)[0] != _seal(name, fixed, checksums):
         return None
     sums = tuple(checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(checksums), CHECKSUM_BYTES))
     assert len(sums) == shards, "a sealed record contradicts itself"
-    return Record(slot, sequence, Page(name[:16], name[16:], parent, length, sums, tokens))
+    return Record(slot, sequence, Page(name[:16], name[16:], parent, length, sums, tokens, kind), stored)
 
 
 def _seal(name: Name, fixed: bytes, checksums: bytes) -> int:

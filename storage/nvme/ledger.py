@@ -9,11 +9,13 @@ looking a page up and pinning its slot is one step, and so is freeing one.
 """
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 
 from kvd.storage.failpoints import reach
 from kvd.storage.nvme.catalog import Catalog, Record, unpack
 from kvd.storage.nvme.health import Health
+from kvd.storage.nvme.ranking import Ranking
 from kvd.storage.nvme.reopen import take_over
 from kvd.storage.nvme.segments import fits
 from kvd.storage.nvme.slots import Slots
@@ -65,11 +67,39 @@ class Ledger:
             for record in records:
                 self.slots.unpin(record.slot)
 
-    def touch(self, record: Record) -> None:
+    def touch(self, record: Record, kind: int) -> None:
         """A page was put that is held already."""
         with self.state:
-            self.slots.touch(record.slot)
+            self.slots.use(record.slot, kind)
             self._left.pop(record.page.name, None)
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        """Pages were used elsewhere, and are of these kinds now."""
+        self.tick()
+        with self.state:
+            for (_, kind), record in zip(pages, self.records([name for name, _ in pages]), strict=True):
+                if record:
+                    self.slots.use(record.slot, kind)
+
+    def judge(self, ranking: Ranking) -> None:
+        """This is what was learnt of which pages are worth keeping."""
+        with self.state:
+            self.slots.judge(ranking)
+
+    def expire(self, ttl_s: float, most: int) -> None:
+        """Evict up to `most` pages that nobody has used for so long. While `writing` is held."""
+        before = int(1000 * (self.tick() - ttl_s))
+        with self.state:
+            overdue = self.slots.unused_since(before, most)
+        if overdue and self.evict(overdue):
+            self._health.counters["expired"] += len(overdue)
+
+    def tick(self) -> int:
+        """Let the slots know the time; it in seconds since 1970."""
+        now = time.time()
+        with self.state:
+            self.slots.tick(int(1000 * now))
+        return int(now)
 
     def news(self) -> list[Name]:
         """What left since the last call without the caller's doing."""
@@ -93,7 +123,8 @@ class Ledger:
         """
         with self.state:
             names = [self.slots.name(slot) for slot in victims]
-        records = [Record(slot, self._sequence + 1, page) for slot, page in pages]
+        now = self.tick()
+        records = [Record(slot, self._sequence + 1, page, now) for slot, page in pages]
         if not self._commit(records, names):
             with self.state:
                 self.slots.release(slot for slot, _ in pages)
@@ -102,7 +133,7 @@ class Ledger:
         self._sequence += 1
         with self.state:
             for slot, page in pages:
-                self.slots.fill(slot, page.name)
+                self.slots.fill(slot, page.name, page.kind)
                 self._left.pop(page.name, None)
             self.slots.release(old)
         self._gone(victims, names)

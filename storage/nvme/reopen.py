@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd.storage.nvme.catalog import Heads
+from kvd.storage.nvme.ranking import Numbers
 from kvd.storage.nvme.segments import ALIGN
-from kvd.storage.nvme.sizeclass import FREE, POSITION_BITS, USED, Numbers
-from kvd.storage.nvme.slots import Slots
+from kvd.storage.nvme.sizeclass import FREE, POSITION_BITS, USED
+from kvd.storage.nvme.slots import Left, Slots
 from kvd.storage.tier import NAME_BYTES, Name
 
 
@@ -46,6 +47,7 @@ def take_over(pieces: Callable[[], Iterable[Heads]], slots: Slots) -> Taken:
     shape = Shape.of(slots)
     total = int(shape.slots.sum())
     state, owner, names = np.full(total, FREE, np.uint8), np.zeros(total, np.int32), np.zeros(total, f"V{NAME_BYTES}")
+    kinds, used_at = np.zeros(total, np.uint8), np.zeros(total, np.int64)
     void: list[Name] = []
     claimed = [np.zeros(0, np.int64)]
     sequence = 0
@@ -57,13 +59,14 @@ def take_over(pieces: Callable[[], Iterable[Heads]], slots: Slots) -> Taken:
         owner[at] = mine
         claimed.append(at[(state[at] != FREE) | (owner[at] != mine)])
         state[at], names[at] = USED, piece.names if good.all() else piece.names[good]
+        kinds[at], used_at[at] = piece.heads["kind"][good], piece.heads["stored"][good].astype(np.int64) * 1000
     twice = np.concatenate(claimed)
     if len(twice):
         state[twice] = FREE
         for piece in pieces():
             good, at = _places(piece.heads, shape)
             void += [name.tobytes() for name in piece.names[good][np.isin(at, twice)]]
-    slots.restore(state, names, shape.starts.tolist())
+    slots.restore(Left(state, names, kinds, used_at), shape.starts.tolist())
     return Taken(void, sequence)
 
 

@@ -1,10 +1,11 @@
-"""One size class: the slots of its segments, and the hand that goes round them to say who leaves. Pure.
+"""One size class: the slots of its segments, and which of them leave next. Pure.
 
-A slot is FREE -> RESERVED (being written) -> USED <-> TOUCHED (read since the hand passed) -> LEAVING (its record is
-being deleted) -> FREE, or DOOMED in between while somebody still reads it. State is a byte a slot and the name 48, so
-searching is memchr and 10**6 pages are 50 MB.
+A slot is FREE -> RESERVED (being written) -> USED -> LEAVING (its record is being deleted) -> FREE, or DOOMED in
+between while somebody still reads it. What is known of a slot lies in arrays, 59 bytes in all, so that searching is
+memchr and ranking is numpy.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,15 +13,18 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvd.storage.nvme.ranking import Kinds, Numbers, Ranking, Times
 from kvd.storage.tier import NAME_BYTES
 
 POSITION_BITS: Final = 20  # a slot is an int, segment << 20 | position
-FREE, RESERVED, USED, TOUCHED, LEAVING, DOOMED = range(6)
-HELD: Final = (USED, TOUCHED)
-_SPARED: Final = bytes(USED if state == TOUCHED else state for state in range(256))  # the hand takes the chance away
+FREE, RESERVED, USED, LEAVING, DOOMED = range(5)
+_WARM_MS: Final = 10_000  # an untouched segment cools slowly
+_AHEAD: Final = 64  # this part of all is ranked ahead: in small tiers nobody
 
 Names = npt.NDArray[np.void]
-Numbers = npt.NDArray[np.int64]
+
+
+Warmth = tuple[float, int]  # density, and when it was used: the later of two equals is warmer
 
 
 @dataclass(slots=True)
@@ -31,12 +35,16 @@ class Segment:
     state: bytearray
     readers: bytearray
     names: Names
+    kinds: Kinds
+    used_at: Times
     free: int
-    used_at: int  # the clock when a page of it was last read or written
+    _warmth: tuple[int, Warmth] | None = None  # when it was worked out
 
     @classmethod
-    def empty(cls, slot_bytes: int, slots: int, now: int) -> "Segment":
-        return cls(slot_bytes, bytearray(slots), bytearray(slots), np.zeros(slots, f"V{NAME_BYTES}"), slots, now)
+    def empty(cls, slot_bytes: int, slots: int) -> "Segment":
+        names = np.zeros(slots, f"V{NAME_BYTES}")
+        kinds, used_at = np.zeros(slots, np.uint8), np.zeros(slots, np.int64)
+        return cls(slot_bytes, bytearray(slots), bytearray(slots), names, kinds, used_at, slots)
 
     @property
     def in_flight(self) -> bool:
@@ -44,37 +52,79 @@ class Segment:
         read = self.readers.count(0) != len(self.readers)
         return read or any(state in self.state for state in (RESERVED, LEAVING, DOOMED))
 
+    def idle(self) -> Numbers:
+        """Positions of the pages that nobody reads."""
+        state, readers = np.frombuffer(self.state, np.uint8), np.frombuffer(self.readers, np.uint8)
+        return np.flatnonzero((state == USED) & (readers == 0))
+
+    def warmth(self, ranking: Ranking, now: int) -> Warmth:
+        """The density of its slots on average, where a free one has none, and the latest use."""
+        if self._warmth is not None and now - self._warmth[0] < _WARM_MS:
+            return self._warmth[1]
+        held = np.flatnonzero(np.frombuffer(self.state, np.uint8) == USED)
+        density = ranking.density(self.kinds[held], self.used_at[held], now).sum() / max(1, len(self.state))
+        found = _warmth(density, int(self.used_at[held].max(initial=0)))
+        self._warmth = now, found
+        return found
+
+    def use(self, position: int, kind: int, now: int) -> None:
+        """Its page was used, or has come."""
+        self.kinds[position], self.used_at[position] = kind, now
+        self._warmth = None
+
 
 @dataclass(slots=True)
 class SizeClass:
-    """The segments of one size class, and the hand that goes round them."""
+    """The segments of one size class, and who leaves next of them."""
 
     segments: list[int] = field(default_factory=list)
     roomy: set[int] = field(default_factory=set)  # those with free slots
-    at: int = 0
-    position: int = 0
-    since: int = 0  # the clock when the hand began its round
+    floor: Warmth = (0.0, 0)  # of the page that left last
+    _next: deque[tuple[int, int, float]] = field(default_factory=deque)  # ranked slots, when used, their density
 
-    def victims(self, all_segments: Sequence[Segment | None], count: int, now: int) -> list[int]:
-        """Up to `count` pages that leave next, now LEAVING: second chance."""
+    def victims(self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, now: int) -> list[int]:
+        """Up to `count` pages that leave next, now LEAVING."""
         found: list[int] = []
-        for _ in range(2 * len(self.segments) + 1):  # once round to take chances away, once more to use that
-            number = self.segments[self.at]
+        while len(found) < count and (self._next or self._rank(all_segments, count, ranking, now)):
+            slot, used_at, density = self._next.popleft()
+            number, position = slot >> POSITION_BITS, slot & (1 << POSITION_BITS) - 1
+            segment = all_segments[number] if number in self.segments else None
+            if segment is None or segment.state[position] != USED or segment.readers[position]:
+                continue
+            if segment.used_at[position] == used_at:  # else it was used since it was ranked
+                segment.state[position] = LEAVING
+                self.floor = _warmth(density, used_at)
+                found.append(slot)
+        return found
+
+    def forget(self) -> None:
+        """What was ranked is not so any more."""
+        self._next.clear()
+
+    def _rank(self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, now: int) -> bool:
+        """Some that leave next, more than are asked for, because looking at all is the dear part; False: none."""
+        slots: list[Numbers] = []
+        kinds: list[Kinds] = []
+        times: list[Times] = []
+        for number in self.segments:
             segment = all_segments[number]
             assert segment is not None, "a segment of no class"
-            while len(found) < count:
-                position = segment.state.find(USED, self.position)
-                passed = slice(self.position, position if position >= 0 else None)
-                segment.state[passed] = segment.state[passed].translate(_SPARED)
-                if position < 0:
-                    break
-                self.position = position + 1
-                if not segment.readers[position]:
-                    segment.state[position] = LEAVING
-                    found.append(number << POSITION_BITS | position)
-            if len(found) == count:
-                break
-            self.position, self.at = 0, (self.at + 1) % len(self.segments)
-            if self.at == 0:
-                self.since = now
-        return found
+            idle = segment.idle()
+            slots.append(idle | number << POSITION_BITS)
+            kinds.append(segment.kinds[idle])
+            times.append(segment.used_at[idle])
+        if not any(map(len, slots)):
+            return False
+        slot, kind, used_at = np.concatenate(slots), np.concatenate(kinds), np.concatenate(times)
+        order = ranking.order(kind, used_at, now)
+        most = min(len(slot), max(count, len(slot) // _AHEAD))
+        first = np.argpartition(order, most - 1)[:most]
+        first = first[np.argsort(order[first])]
+        density = ranking.density(kind[first], used_at[first], now)
+        self._next.extend(zip(slot[first].tolist(), used_at[first].tolist(), density.tolist(), strict=True))
+        return True
+
+
+def _warmth(density: float, used_at: int) -> Warmth:
+    """Rounded, for an average of equal densities is not exactly the density."""
+    return float(np.float32(density)), used_at

@@ -5,32 +5,43 @@ in one of the states that sizeclass.py draws.
 
 Always true: no slot that is being read is evicted or handed out; a slot is handed out only from FREE.
 
-Which pages leave is decided in `victims` and `coldest` alone: second chance within a class, and across classes a whole
-segment that nobody used since the hand of the class in need last came round, for that is colder than what it keeps.
+Which pages leave is decided in `victims` and `coldest` alone: of a class those of least density, and across classes a
+whole segment whose slots are on average less dense than the page that would leave next. Density alone counts there: a
+page of twice the bytes is of a model about twice as large, and saves about twice the computing.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from math import inf
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kvd.storage.nvme.ranking import Kinds, Ranking, Times
 from kvd.storage.nvme.sizeclass import (
     DOOMED,
     FREE,
-    HELD,
     LEAVING,
     POSITION_BITS,
     RESERVED,
-    TOUCHED,
     USED,
     Names,
     Segment,
     SizeClass,
+    Warmth,
 )
 from kvd.storage.tier import Name
 
 _POSITION: Final = (1 << POSITION_BITS) - 1
+
+
+class Left(NamedTuple):
+    """What a previous process left, one entry per slot."""
+
+    state: npt.NDArray[np.uint8]  # FREE or USED
+    names: Names
+    kinds: Kinds
+    used_at: Times
 
 
 class Slots:
@@ -39,13 +50,20 @@ class Slots:
     def __init__(self, segments: int) -> None:
         self._segments: list[Segment | None] = [None] * segments
         self._classes: dict[int, SizeClass] = {}
-        self._clock = 0
+        self._ranking = Ranking()
+        self._now = 0
+
+    def judge(self, ranking: Ranking) -> None:
+        """This is what is known of which pages are worth keeping."""
+        self._ranking = ranking
+        for of_class in self._classes.values():
+            of_class.forget()
 
     # -- segments ------------------------------------------------------------------------------------------
 
-    def tick(self) -> None:
-        """A batch was written: the unit in which `coldest` counts time."""
-        self._clock += 1
+    def tick(self, now: int) -> None:
+        """It is so many milliseconds since 1970."""
+        self._now = now
 
     def unassigned(self) -> list[int]:
         """Segments that belong to no class."""
@@ -54,8 +72,8 @@ class Slots:
     def assign(self, number: int, slot_bytes: int, slots: int) -> None:
         """Give a segment of no class to one."""
         assert self._segments[number] is None, "the segment belongs to a class"
-        self._segments[number] = Segment.empty(slot_bytes, slots, self._clock)
-        of_class = self._classes.setdefault(slot_bytes, SizeClass(since=self._clock))
+        self._segments[number] = Segment.empty(slot_bytes, slots)
+        of_class = self._classes.setdefault(slot_bytes, SizeClass())
         of_class.segments.append(number)
         of_class.roomy.add(number)
 
@@ -64,14 +82,11 @@ class Slots:
         segment = self._segment(number)
         assert segment.free == len(segment.state), "the segment is in use"
         of_class = self._classes[segment.slot_bytes]
-        if of_class.segments.index(number) < of_class.at:
-            of_class.at -= 1
         of_class.segments.remove(number)
         of_class.roomy.discard(number)
         self._segments[number] = None
-        if of_class.segments:
-            of_class.at %= len(of_class.segments)
-        else:
+        of_class.forget()
+        if not of_class.segments:
             del self._classes[segment.slot_bytes]
 
     def coldest(self, slot_bytes: int) -> int | None:
@@ -79,20 +94,20 @@ class Slots:
         if self._classes.keys() <= {slot_bytes}:
             return None
         own = self._classes.get(slot_bytes)
-        since = own.since if own is not None else self._clock + 1
-        best: tuple[int, int] | None = None
+        limit = own.floor if own is not None else (inf, 0)
+        best: tuple[Warmth, int] | None = None
         for number, segment in enumerate(self._segments):
             if segment is None or segment.slot_bytes == slot_bytes:
                 continue
-            age = -1 if segment.free == len(segment.state) else segment.used_at
-            if age < since and (best is None or age < best[0]) and not segment.in_flight:
-                best = age, number
+            warmth = segment.warmth(self._ranking, self._now)
+            if warmth < limit and (best is None or warmth < best[0]) and not segment.in_flight:
+                best = warmth, number
         return None if best is None else best[1]
 
     def leave_all(self, number: int) -> list[int]:
         """Every page of a segment leaves: its slots, now LEAVING."""
         segment = self._segment(number)
-        found = [position for position, state in enumerate(segment.state) if state in HELD]
+        found = [position for position, state in enumerate(segment.state) if state == USED]
         for position in found:
             assert not segment.readers[position], "a slot that is being read"
             segment.state[position] = LEAVING
@@ -126,13 +141,13 @@ class Slots:
                 of_class.roomy.discard(number)
         return found
 
-    def fill(self, slot: int, name: Name) -> None:
+    def fill(self, slot: int, name: Name, kind: int) -> None:
         """What was written to a reserved slot is committed."""
         segment, position = self._of(slot)
         assert segment.state[position] == RESERVED, "a slot that was not reserved"
         segment.state[position] = USED
         segment.names[position] = np.void(name)
-        segment.used_at = self._clock
+        segment.use(position, kind, self._now)
 
     def release(self, slots: Iterable[int]) -> None:
         """The pages are gone for good, or were never written; who still reads one keeps it from reuse."""
@@ -154,11 +169,10 @@ class Slots:
     def pin(self, slot: int) -> bool:
         """Begin reading. False: the page is leaving or not quite there yet."""
         segment, position = self._of(slot)
-        if segment.state[position] not in HELD or segment.readers[position] == 255:
+        if segment.state[position] != USED or segment.readers[position] == 255:
             return False
         segment.readers[position] += 1
-        segment.state[position] = TOUCHED
-        segment.used_at = self._clock
+        segment.use(position, int(segment.kinds[position]), self._now)
         return True
 
     def unpin(self, slot: int) -> None:
@@ -167,28 +181,49 @@ class Slots:
         if not segment.readers[position] and segment.state[position] == DOOMED:
             self._set_free(slot, segment, position)
 
-    def touch(self, slot: int) -> None:
-        """Somebody cares for this page."""
+    def use(self, slot: int, kind: int) -> None:
+        """Somebody cares for this page, which is of this kind from now on."""
         segment, position = self._of(slot)
         if segment.state[position] == USED:
-            segment.state[position] = TOUCHED
+            segment.use(position, kind, self._now)
 
     def victims(self, slot_bytes: int, count: int) -> list[int]:
         """Up to `count` pages of the class that leave next, now LEAVING."""
         of_class = self._classes.get(slot_bytes)
-        return of_class.victims(self._segments, count, self._clock) if of_class else []
+        return of_class.victims(self._segments, count, self._ranking, self._now) if of_class else []
 
     def name(self, slot: int) -> Name:
         segment, position = self._of(slot)
         return bytes(segment.names[position])
 
-    def restore(self, state: npt.NDArray[np.uint8], names: Names, starts: Sequence[int]) -> None:
-        """All slots as they were left: their states, FREE or USED, and names, segment after segment."""
+    def unused_since(self, before: int, most: int) -> list[int]:
+        """Up to `most` pages last used before then, now LEAVING."""
+        found: list[int] = []
+        for number, segment in enumerate(self._segments):
+            if segment is not None and len(found) < most:
+                idle = segment.idle()
+                overdue = idle[segment.used_at[idle] < before][: most - len(found)].tolist()
+                for position in overdue:
+                    segment.state[position] = LEAVING
+                found += [number << POSITION_BITS | position for position in overdue]
+        return found
+
+    def floor(self) -> float:
+        """The density of the page that left last, of the class where it is least; 0 while there is room."""
+        if self.unassigned() or not self._classes:
+            return 0.0
+        # A quarter may be free for the next put.
+        roomy = any(3 * self.free(slot_bytes) > self.total(slot_bytes) for slot_bytes in self._classes)
+        return 0.0 if roomy else min(of_class.floor[0] for of_class in self._classes.values())
+
+    def restore(self, left: Left, starts: Sequence[int]) -> None:
+        """All slots as they were left, segment after segment."""
         for number, (segment, start) in enumerate(zip(self._segments, starts, strict=True)):
             if segment is not None:
                 part = slice(start, start + len(segment.state))
-                segment.state[:] = state[part].tobytes()
-                segment.names[:] = names[part]
+                segment.state[:] = left.state[part].tobytes()
+                segment.names[:] = left.names[part]
+                segment.kinds[:], segment.used_at[:] = left.kinds[part], left.used_at[part]
                 segment.free = segment.state.count(FREE)
                 if not segment.free:
                     self._classes[segment.slot_bytes].roomy.discard(number)
@@ -209,7 +244,7 @@ class Slots:
         for number, segment in enumerate(self._segments):
             if segment is None:
                 continue
-            held |= {number << POSITION_BITS | at for at, state in enumerate(segment.state) if state in HELD}
+            held |= {number << POSITION_BITS | at for at, state in enumerate(segment.state) if state == USED}
             if segment.free != segment.state.count(FREE):
                 found.append(f"segment {number} counts {segment.free} free slots")
             if (number in self._classes[segment.slot_bytes].roomy) != bool(segment.free):

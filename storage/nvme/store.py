@@ -5,24 +5,33 @@ Threads: one put or remove at a time (`ledger.writing`), any number of gets besi
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvd.storage.nvme.catalog import Catalog, unpack
 from kvd.storage.nvme.health import Health
 from kvd.storage.nvme.ledger import Ledger
+from kvd.storage.nvme.ranking import Ranking
 from kvd.storage.nvme.segments import Segments
 from kvd.storage.nvme.space import Space
 from kvd.storage.nvme.transfers import Transfers
 from kvd.storage.nvme.writing import Writing
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
 
+EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
+
 
 class NvmeTier:
     """Pages on a local disk."""
 
-    def __init__(self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4) -> None:
+    def __init__(
+        self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4,
+        ttl_s: float | None = None,
+    ) -> None:  # fmt: skip
         """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot."""
+        self._ttl_s = ttl_s
+        self._expire_at = 0.0
         self._limit = size_bytes // segment_bytes
         if self._limit < 1:
             raise TierError(f"{size_bytes} bytes hold no segment of {segment_bytes}", "give the tier more room")
@@ -104,7 +113,23 @@ class NvmeTier:
 
     def news(self) -> News:
         with self._health.call():
+            if self._ttl_s is not None and time.monotonic() >= self._expire_at:
+                self._expire_at = time.monotonic() + min(EXPIRE_EVERY_S, self._ttl_s / 4)
+                with self._ledger.writing:
+                    self._ledger.expire(self._ttl_s, EXPIRE_AT_ONCE)
             return News([], self._ledger.news())
+
+    def judge(self, density: Sequence[float]) -> None:
+        self._ledger.judge(Ranking(density))
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        with self._health.call():
+            self._ledger.used(pages)
+
+    @property
+    def floor(self) -> float:
+        with self._ledger.state:
+            return self._ledger.slots.floor()
 
     def usage(self) -> Usage:
         with self._health.call():

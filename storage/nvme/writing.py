@@ -47,8 +47,7 @@ class Writing:
 
     def put(self, pages: Pages) -> list[bool]:
         held, fresh, replaced = self._sort(pages)
-        with self._ledger.state:
-            self._ledger.slots.tick()
+        self._ledger.tick()
         entries = self._place(pages, fresh)
         durable: set[int] = set()
         try:
@@ -73,7 +72,7 @@ class Writing:
                 continue
             if record and (record.page.length, record.page.shards) == (page.length, page.shards):
                 found.held.add(at)
-                self._ledger.touch(record)
+                self._ledger.touch(record, page.kind)
                 continue
             found.fresh.setdefault(page.name, at)
             if record:

@@ -113,6 +113,16 @@ class SharedTier:
                 self._polling.release()
         return self._files.news()
 
+    def judge(self, density: Sequence[float]) -> None:
+        """Files leave whole, by age and use (see compaction): there is no order of single pages to change."""
+
+    def used(self, pages: Sequence[tuple[Name, int]]) -> None:
+        """The same."""
+
+    @property
+    def floor(self) -> None:
+        return None
+
     def usage(self) -> Usage:
         with self._files.lock:
             used = min(self._files.bytes_used, self._quota_bytes)

@@ -1,0 +1,111 @@
+"""What leaves a full NVMe tier: what the judge says is worth least, and what nobody used for its time to live."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from kvd.storage.nvme import NvmeTier
+from kvd.storage.nvme.ranking import Ranking
+from kvd.storage.reuse import AGES
+from kvd.storage.worth import KINDS, TRAITS, trait
+from tests.harness import eventually
+from tests.nvme_folder import LENGTH, MIB, reopened
+from tests.tier_contract import Sample, get, held, put, sample
+
+LOVED, PLAIN = TRAITS + trait(5, 0, False), trait(5, 40, False)
+
+
+def judged(loved: int) -> list[float]:
+    """Pages of one kind are worth a hundred times the others, whatever their age."""
+    return [100.0 if line // AGES == loved else 1.0 for line in range(KINDS * AGES)]
+
+
+def of_kind(number: int, kind: int) -> Sample:
+    what = sample(number, LENGTH)
+    return Sample(what.page._replace(kind=kind), what.data)
+
+
+def names(*samples: Sample) -> set[bytes]:
+    return {what.page.name for what in samples}
+
+
+def test_what_is_worth_least_leaves_first_though_it_is_newer(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        tier.judge(judged(LOVED))
+        loved = [of_kind(n, LOVED) for n in range(8)]
+        put(tier, *loved)
+        for at in range(100, 300, 4):
+            assert all(put(tier, *[of_kind(n, PLAIN) for n in range(at, at + 4)]))
+        assert names(*loved) <= held(tier)
+        assert tier.counters["evicted"] > 100
+
+
+def test_what_is_known_of_a_page_outlives_a_restart(tmp_path: Path) -> None:
+    loved = [of_kind(n, LOVED) for n in range(8)]
+    with reopened(tmp_path, 2 * MIB) as tier:
+        put(tier, *loved, *[of_kind(n, PLAIN) for n in range(50, 58)])
+    with reopened(tmp_path, 2 * MIB) as tier:
+        tier.judge(judged(LOVED))
+        for at in range(100, 200, 4):
+            put(tier, *[of_kind(n, PLAIN) for n in range(at, at + 4)])
+        assert names(*loved) <= held(tier)
+        assert [what and what.page.kind for what in get(tier, *loved)] == [LOVED] * 8
+
+
+def test_a_use_elsewhere_counts(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        tier.judge(judged(LOVED))
+        often = [of_kind(n, PLAIN) for n in range(8)]
+        put(tier, *often)
+        tier.used([(what.page.name, LOVED) for what in often] + [(bytes(48), LOVED)])
+        for at in range(100, 300, 4):
+            put(tier, *[of_kind(n, PLAIN) for n in range(at, at + 4)])
+        assert names(*often) <= held(tier)
+
+
+def test_a_full_tier_says_below_what_a_page_is_not_worth_storing(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        tier.judge(judged(LOVED))
+        assert tier.floor == 0.0, "there is room"
+        for at in range(100, 300, 4):
+            put(tier, *[of_kind(n, LOVED) for n in range(at, at + 4)])
+        assert tier.floor == 100.0
+        tier.remove(list(held(tier))[:30])
+        assert tier.floor == 0.0, "there is room again"
+
+
+def test_pages_unused_for_their_time_to_live_leave(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path / "tier", 8 * MIB, 2 * MIB, ttl_s=1.0)
+    try:
+        old, used = [of_kind(n, PLAIN) for n in range(8)], [of_kind(n, PLAIN) for n in range(20, 28)]
+        put(tier, *old, *used)
+        left: set[bytes] = set()
+
+        def gone() -> bool:
+            tier.used([(what.page.name, PLAIN) for what in used])
+            left.update(tier.news().left)
+            return names(*old) <= left
+
+        eventually(gone, 10)
+        assert held(tier) == names(*used)
+        assert tier.counters["expired"] == len(old)
+        assert tier.faults() == []
+    finally:
+        tier.close()
+
+
+def test_the_order_is_density_then_age_then_depth() -> None:
+    import numpy as np
+
+    ranking, now = Ranking(judged(LOVED)), int(1000 * time.time())
+    shallow, deep = trait(0, 0, False), trait(100, 0, False)
+    pages = [(LOVED, now - 10**9), (PLAIN, now - 5000), (shallow, now - 9000), (deep, now - 9000), (PLAIN, now)]
+    kinds, times = (np.array(column) for column in zip(*pages, strict=True))
+    order = ranking.order(kinds.astype(np.uint8), times, now)
+    assert np.argsort(order).tolist() == [3, 2, 1, 4, 0]
+
+
+def test_a_lesson_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 densities instead of"):
+        Ranking([1.0, 2.0, 3.0])
