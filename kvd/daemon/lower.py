@@ -1,5 +1,6 @@
 """The node and its lower tiers, tied: what they hold is shown, what is new goes there, what is wanted comes up."""
 
+import importlib
 import socket
 import time
 from functools import partial
@@ -36,4 +37,6 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
         chosen = shared.model_dump(mode="json", exclude={"write_delay_s"})
         chosen["node"] = shared.node or socket.gethostname()
         found.append(opened(SHARED, "shared", chosen, shared.write_delay_s))
+    if found:
+        importlib.import_module("kvd.indexmany")  # it brings numpy: 0.1 s that workers would wait for later
     return found
