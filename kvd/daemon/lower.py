@@ -31,7 +31,7 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
     found: list[Below] = []
     nvme, shared = settings.nvme, settings.shared
     if nvme.path is not None:
-        chosen = nvme.model_dump(mode="json", include={"path", "size_bytes", "segment_bytes", "threads"})
+        chosen = nvme.model_dump(mode="json", exclude={"write_delay_s"})
         found.append(opened(NVME, "nvme", chosen, nvme.write_delay_s))
     if shared.uri is not None:
         chosen = shared.model_dump(mode="json", exclude={"write_delay_s"})

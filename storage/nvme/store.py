@@ -21,8 +21,16 @@ from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
 class NvmeTier:
     """Pages on a local disk."""
 
-    def __init__(self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4) -> None:
-        """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot."""
+    def __init__(
+        self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4,
+        mount_point: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot.
+
+        Where the disk has to be mounted at `mount_point`, nothing is written while it is not.
+        """
+        if mount_point is not None and not os.path.ismount(mount_point):
+            raise TierError(f"nothing is mounted at {mount_point}", f"mount the disk that {folder} is to be on")
         self._limit = size_bytes // segment_bytes
         if self._limit < 1:
             raise TierError(f"{size_bytes} bytes hold no segment of {segment_bytes}", "give the tier more room")
