@@ -1,7 +1,7 @@
 """Many entries of the lookup index at a time, as arrays, for what tiers below RAM say of thousands of pages at once.
 
-The writer's alone, and only where there is a lower tier: it needs numpy. The table, its limits and what readers may see
-meanwhile are as `kvd.index` has them; above all, name_hi is stored last. Decides nothing about pages in RAM.
+The writer's alone, and only where there is a lower tier: it needs numpy. The table, its limits and what readers may
+see meanwhile are as `kvd.index` has them; above all, name_hi is stored last. Decides nothing about pages in RAM.
 """
 
 from collections.abc import Sequence

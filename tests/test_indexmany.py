@@ -1,4 +1,4 @@
-"""Many pages of a lower tier entered into the index at once: as if one after the other, also for who reads meanwhile."""
+"""Many pages of a lower tier entered into the index at once: as if one after the other, also for readers."""
 
 import mmap
 import os
