@@ -18,14 +18,16 @@ moving; it never takes one page for another (16 bytes of SHA-256; and `get` comp
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+from kvd.pages import NAMESPACE_BYTES
+
 MAGIC: Final = int.from_bytes(b"KVDINDEX", "little")
 VERSION: Final = 1
 HEADER_WORDS: Final = 8
 ENTRY_WORDS: Final = 4
 WITHDRAWN: Final = 1
 LOWER: Final = 1 << 63
-_MAX_PROBES: Final = 128
-_WORD: Final = (1 << 64) - 1
+MAX_PROBES: Final = 128
+_MANY: Final = 48  # names, from which on arrays are faster than one name after the other
 _STRIDE: Final = 2654435769  # odd, so that the hand visits every entry
 
 
@@ -79,7 +81,7 @@ class IndexReader:
         slot = hi & mask
         if hi <= WITHDRAWN:
             hi += 2
-        for _ in range(_MAX_PROBES):
+        for _ in range(MAX_PROBES):
             at = HEADER_WORDS + ENTRY_WORDS * slot
             seen = words[at]
             if seen == hi and words[at + 1] == lo:
@@ -217,17 +219,30 @@ class IndexWriter:
                     break
         return gone
 
+    def publish_lower(self, names: Sequence[bytes], tier: int) -> int:
+        """Show that a tier (its bit) holds pages (namespace + key) that are not in RAM. How many found no room."""
+        left: Sequence[bytes] = names
+        if len(names) >= _MANY and self._entries + len(names) <= self._limit:
+            from kvd import indexmany  # numpy: only where there is a lower tier
+
+            entered = indexmany.enter(self._words, names, tier)
+            self._entries += entered.new
+            self.lower += entered.new
+            left = [names[at] for at in entered.left]
+        return sum(not self._publish_lower(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:], tier) for name in left)
+
+    def _publish_lower(self, namespace: bytes, key: bytes, tier: int) -> bool:
+        place = self.place(namespace, key)
+        tiers = place if place is not None and place >= LOWER else LOWER
+        return self.publish(namespace, key, tiers | tier, 0)
+
     def withdraw_lower(self, tier: int) -> None:
         """A tier (its bit) holds nothing any more, as far as is known."""
-        import numpy as np  # only where there is a lower tier
+        from kvd import indexmany
 
-        entries = np.frombuffer(self._words, np.uint64)[HEADER_WORDS:].reshape(-1, ENTRY_WORDS)
-        lower = (entries[:, 0] > WITHDRAWN) & (entries[:, 2] >= LOWER)
-        entries[lower, 2] &= np.uint64(_WORD ^ tier)
-        gone = lower & (entries[:, 2] == LOWER)
-        entries[gone, 0] = WITHDRAWN
-        self._entries -= int(gone.sum())
-        self.lower -= int(gone.sum())
+        gone = indexmany.withdraw(self._words, tier)
+        self._entries -= gone
+        self.lower -= gone
 
     def _find(self, hi: int, lo: int) -> tuple[int | None, int | None]:
         """The entry of a name, or None, and the first entry that could take it."""
@@ -235,7 +250,7 @@ class IndexWriter:
         slot, free = hi & mask, None
         if hi <= WITHDRAWN:
             hi += 2
-        for _ in range(_MAX_PROBES):
+        for _ in range(MAX_PROBES):
             at = HEADER_WORDS + ENTRY_WORDS * slot
             seen = words[at]
             if seen == hi and words[at + 1] == lo:

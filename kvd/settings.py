@@ -54,6 +54,9 @@ class NvmeSettings(BaseModel):
     model_config = _STRICT
 
     path: Path | None = Field(None, description="folder on a local NVMe disk, kvd's alone; unset: no such tier")
+    mount_point: Path | None = Field(
+        None, description="where that disk is mounted; nothing is written while it is not. Unset: not looked at"
+    )
     size_bytes: int = Field(64 << 30, ge=MIB, description="disk space it may take; taken as needed, for good")
     segment_bytes: int = Field(256 * MIB, description="size of its files; each holds pages of one size")
     threads: int = Field(4, ge=1, le=64, description="reads and writes in flight")
@@ -66,6 +69,8 @@ class NvmeSettings(BaseModel):
             raise ValueError("segment_bytes must be a multiple of 4096, at least 1 MiB and below 4 GiB")
         if self.size_bytes < self.segment_bytes:
             raise ValueError("size_bytes must hold at least one segment")
+        if self.mount_point is not None and not (self.path and self.path.is_relative_to(self.mount_point)):
+            raise ValueError("mount_point must be path or a folder above it")
         return self
 
 

@@ -127,9 +127,10 @@ def open_tier(settings: dict[str, Any]) -> Tier:
     if kind == "nvme":
         from kvd.storage.nvme import NvmeTier
 
+        mount_point = settings["mount_point"]
         return NvmeTier(
             Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"],
-            settings["ttl_s"],
+            settings["ttl_s"], mount_point and Path(mount_point),
         )  # fmt: skip
     if kind == "shared":
         from kvd.storage.shared import SharedTier

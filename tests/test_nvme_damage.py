@@ -3,7 +3,7 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import pytest
 
 from kvd.storage import failpoints
 from kvd.storage.nvme import NvmeTier
-from kvd.storage.nvme.catalog import HEAD_BYTES
+from kvd.storage.nvme.catalog import HEAD_BYTES, Catalog, Record
 from kvd.storage.nvme.health import STRIKES
-from kvd.storage.tier import TierError
+from kvd.storage.tier import Page, TierError
 from tests.nvme_folder import (
     LENGTH,
     MIB,
@@ -153,6 +153,31 @@ def test_damaged_records_cost_their_pages_and_never_mix_others(tmp_path: Path) -
         assert sum(there) <= 17
         assert all(put(tier, *samples))
         assert all(absent_or_right(tier, samples))
+
+
+@pytest.mark.parametrize(
+    "shards", [lambda n: 1, lambda n: 1 + n % 3, lambda n: 1 + n // 700], ids=["one", "all", "runs"]
+)
+@pytest.mark.parametrize("odd", [(), (0, 500, 1999), range(0, 2000, 2), range(2000)], ids=len)
+def test_all_records_are_read_whatever_their_shape(
+    tmp_path: Path, shards: Callable[[int], int], odd: Sequence[int]
+) -> None:
+    rng = random.Random(6)
+    names = sorted(rng.randbytes(48) for _ in range(2000))
+    good, short = set(range(2000)) - set(odd), {names[n] for n in odd}
+    pages = {n: Page(names[n][:16], names[n][16:], rng.randbytes(32), 5000, (bytes(16),) * shards(n)) for n in good}
+    found = Catalog(tmp_path / "catalog", SEGMENT, 1 << 30)
+    try:
+        assert found.commit([Record(n, n + 1, page) for n, page in pages.items()])
+        with found._env.begin(write=True, db=found._pages) as writing:
+            for name in short:
+                writing.put(name, bytes(HEAD_BYTES - 1))
+        pieces = list(found.heads())
+    finally:
+        found.close()
+    assert {name for piece in pieces for name in piece.odd} == short
+    rows = [row for p in pieces for row in zip(map(bytes, p.names), p.heads["slot"], p.heads["shards"], strict=True)]
+    assert rows == [(names[n], n, shards(n)) for n in sorted(good)]
 
 
 # -- disks that fail ---------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ class Device:
     def __init__(self, folder: Path) -> None:
         self.mount_point = folder / "mnt"
         self.mount_point.mkdir()
-        (self.mount_point / "tier").write_text("")  # so that nothing is stored beneath the mount point
         image = folder / "disk.img"
         with image.open("wb") as file:
             file.truncate(384 * MIB)
@@ -120,7 +119,10 @@ def read(worker: PluginProcess, conversation: int) -> list[str]:
 def test_a_device_that_fails_costs_what_is_on_it_and_no_more(device: Device, tmp_path: Path, replaced: bool) -> None:
     tier = device.mount_point / "tier"
     (tmp_path / "run").mkdir()
-    tier_settings = {"nvme__path": tier, "nvme__size_bytes": 256 * MIB, "nvme__segment_bytes": 8 * MIB}
+    tier_settings = {
+        "nvme__path": tier, "nvme__mount_point": device.mount_point, "nvme__size_bytes": 256 * MIB,
+        "nvme__segment_bytes": 8 * MIB,
+    }  # fmt: skip
     with (
         Daemon(tmp_path / "run", 8, 4, nvme__write_delay_s=0.05, **tier_settings) as daemon,
         PluginProcess(daemon.socket) as worker,
@@ -147,6 +149,8 @@ def test_a_device_that_fails_costs_what_is_on_it_and_no_more(device: Device, tmp
         assert daemon.faults() == []
 
         eventually(device.unmount, 60, "nobody is at the device")
+        eventually(lambda: "nothing is mounted" in nvme(daemon).trouble, 60, "that nothing is mounted is known")
+        assert list(device.mount_point.iterdir()) == [], "nothing is written beneath the mount point"
         device.cut(0)
         if replaced:
             device.format()

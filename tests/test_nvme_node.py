@@ -265,6 +265,25 @@ def test_a_folder_that_cannot_be_used_leaves_ram_and_a_red_line(tmp_path: Path) 
         assert str(tmp_path / "nvme") in red["message"]
 
 
+def test_a_disk_that_is_not_mounted_is_said_and_nothing_is_written_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    where = {"nvme__path": tmp_path / "disk" / "kvd", "nvme__mount_point": tmp_path / "disk"}
+    with two_tiers(tmp_path, **where) as daemon, PluginProcess(daemon.socket) as worker:
+        assert worker.do("wait")
+        worker.do("put", keys=span(20))
+        assert worker.do("take", keys=span(20)) == ["right"] * 20
+        eventually(lambda: nvme(daemon).trouble not in ("opening", "not started yet"), 10)
+        (red,) = of(doctor(daemon)[1], "nvme")
+        assert (red["level"], "nothing is mounted" in red["message"]) == ("red", True)
+        assert "mount the disk" in red["remedy"]
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_tier_below_its_mount_point_works(tmp_path: Path) -> None:
+    with two_tiers(tmp_path, nvme__mount_point="/") as daemon:
+        ready(daemon)
+
+
 def test_the_doctor_is_green_about_a_tier_that_works(daemon: Daemon, worker: PluginProcess) -> None:
     worker.do("put", keys=span(20))
     written(daemon, 20)

@@ -38,6 +38,8 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
         ("[arena]\nsize = 5", "arena.size"),
         ("[arena]\nsize_bytes = 5", "size_bytes must hold"),
         ("[arena]\nextent_bytes = 5000", "extent_bytes must be"),
+        ("[nvme]\npath = '/a/b'\nmount_point = '/c'", "mount_point must be path"),
+        ("[nvme]\nmount_point = '/c'", "mount_point must be path"),
         ("log_level = 'loud'", "log_level"),
         ("max_sessions = 0", "max_sessions"),
         ("= 5", "not TOML"),
@@ -86,7 +88,7 @@ def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     lines = [line for line in lines if " = " in line or line.startswith("[")]
     uncommented = tmp_path / "kvd.toml"
     # without a default, or no setting at all
-    unset = ("path", "uri", "ttl_s", "ram_burst", "nvme_burst", "kvd's settings")
+    unset = ("path", "mount_point", "uri", "ttl_s", "ram_burst", "nvme_burst", "kvd's settings")
     uncommented.write_text("\n".join(line for line in lines if not line.startswith(unset)))
     settings = load_daemon_settings(uncommented, {})
     assert settings.tenants == {"NAME": TenantSettings()}

@@ -1,5 +1,6 @@
 """The node and its lower tiers, tied: what they hold is shown, what is new goes there, what is wanted comes up."""
 
+import importlib
 import socket
 import time
 from functools import partial
@@ -30,10 +31,12 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
     found: list[Below] = []
     nvme, shared = settings.nvme, settings.shared
     if nvme.path is not None:
-        chosen = nvme.model_dump(mode="json", include={"path", "size_bytes", "segment_bytes", "threads", "ttl_s"})
+        chosen = nvme.model_dump(mode="json", exclude={"write_delay_s"})
         found.append(opened(NVME, "nvme", chosen, nvme.write_delay_s))
     if shared.uri is not None:
         chosen = shared.model_dump(mode="json", exclude={"write_delay_s"})
         chosen["node"] = shared.node or socket.gethostname()
         found.append(opened(SHARED, "shared", chosen, shared.write_delay_s))
+    if found:
+        importlib.import_module("kvd.indexmany")  # it brings numpy: 0.1 s that workers would wait for later
     return found

@@ -134,20 +134,25 @@ class Stock:
 
     def below_changed(self, tier: int, came: list[Name], left: list[Name]) -> None:
         """Names that a lower tier (its bit) holds now, or holds no more."""
-        for names, held in ((came, tier), (left, 0)):
-            for name in names:
-                namespace, key = name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:]
-                group = self.residency.get(namespace, key)
-                if group is not None:
-                    group.below = group.below & ~tier | held
-                else:
-                    self._show_below(namespace, key, self.below(namespace, key) & ~tier | held)
+        absent: list[Name] = []
+        for name in came:
+            group = self.residency.get(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
+            if group is None:
+                absent.append(name)
+            else:
+                group.below |= tier
+        self.counters["index_full"] += self.index.publish_lower(absent, tier)
+        for name in left:
+            self._left(tier, name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
 
-    def _show_below(self, namespace: bytes, key: bytes, tiers: int) -> None:
-        if not tiers:
+    def _left(self, tier: int, namespace: bytes, key: bytes) -> None:
+        group = self.residency.get(namespace, key)
+        if group is not None:
+            group.below &= ~tier
+        elif tiers := self.below(namespace, key) & ~tier:
+            self.index.publish(namespace, key, LOWER | tiers, 0)
+        else:
             self.index.withdraw(namespace, key)
-        elif not self.index.publish(namespace, key, LOWER | tiers, 0):
-            self.counters["index_full"] += 1
 
     def below_lacks(self, tier: int, namespace: bytes, key: bytes) -> None:
         """A lower tier was asked for a page and does not have it."""

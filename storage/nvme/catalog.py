@@ -22,7 +22,7 @@ import struct
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress, islice
+from itertools import chain, compress, islice, takewhile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -38,6 +38,7 @@ MAGIC: Final = b"KVDNVME\0"
 VERSION: Final = 1
 META: Final = struct.Struct("<8sI4x16sQ")
 _FIXED: Final = struct.Struct("<QIIQHBxI32s")
+_SHARDS_AT: Final = 24
 _SEAL: Final = struct.Struct("<Q")
 CHECKSUM_BYTES: Final = 16
 HEAD_BYTES: Final = _FIXED.size + _SEAL.size
@@ -173,10 +174,13 @@ class Catalog:
     def heads(self) -> Iterator[Heads]:
         """All records, once, for whoever opens the tier: 10**6 in less than a second."""
         with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
-            records = iter(reading.cursor())
-            while rows := list(islice(records, HEADS)):
-                names, values = zip(*rows, strict=True)
-                yield _heads(names, values)
+            cursor = reading.cursor()
+            flat = chain.from_iterable(cursor)  # name, value, name, value ... and nothing made in Python in between
+            after = b""
+            while rows := b"".join(islice(flat, 2 * HEADS)):
+                last = cursor.key()
+                yield _alike(rows) or _mixed(reading, after, last)
+                after = last + b"\0"
 
     def __len__(self) -> int:
         with _translated("cannot read the catalog"), self._env.begin() as reading:
@@ -204,20 +208,30 @@ class Catalog:
         self._env.close()
 
 
-def _heads(names: Sequence[bytes], values: Sequence[bytes]) -> Heads:
-    odd: list[bytes] = []
-    sizes = set(map(len, values))
-    if min(sizes) < HEAD_BYTES or set(map(len, names)) != {NAME_BYTES}:
-        fits = [
-            len(name) == NAME_BYTES and len(value) >= HEAD_BYTES for name, value in zip(names, values, strict=True)
-        ]
-        odd = [name for name, fit in zip(names, fits, strict=True) if not fit]
-        names, values = list(compress(names, fits)), list(compress(values, fits))
-    if len(sizes) > 1:
-        values, sizes = [value[:HEAD_BYTES] for value in values], {HEAD_BYTES}
-    rows = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), sizes.pop())
-    heads = np.ascontiguousarray(rows[:, :HEAD_BYTES]).view(HEAD).reshape(len(values))
-    return Heads(np.frombuffer(b"".join(names), f"V{NAME_BYTES}"), heads, odd)
+def _alike(rows: bytes) -> Heads | None:
+    """Names and values, one after the other, where all are records of as many shards; None: they are not."""
+    shards = int.from_bytes(rows[NAME_BYTES + _SHARDS_AT :][:2], "little")
+    size = NAME_BYTES + HEAD_BYTES + CHECKSUM_BYTES * shards
+    if not shards or len(rows) % size:
+        return None
+    table = np.frombuffer(rows, np.uint8).reshape(-1, size)
+    heads = np.ascontiguousarray(table[:, NAME_BYTES : NAME_BYTES + HEAD_BYTES]).view(HEAD).reshape(-1)
+    if not (heads["shards"] == shards).all() or heads["zero"].any():
+        return None
+    return Heads(np.ascontiguousarray(table[:, :NAME_BYTES]).view(f"V{NAME_BYTES}").reshape(-1), heads, [])
+
+
+def _mixed(reading: lmdb.Transaction, first: bytes, last: bytes) -> Heads:
+    """The same of any records, from one key to another, b"" being the end."""
+    cursor = reading.cursor()
+    cursor.set_range(first)
+    rest = ((bytes(name), bytes(value)) for name, value in cursor)
+    records = list(takewhile(lambda record: not last or record[0] <= last, rest))
+    fits = [len(name) == NAME_BYTES and len(value) >= HEAD_BYTES for name, value in records]
+    names = b"".join(name for name, _ in compress(records, fits))
+    heads = b"".join(value[:HEAD_BYTES] for _, value in compress(records, fits))
+    odd = [name for (name, _), fit in zip(records, fits, strict=True) if not fit]
+    return Heads(np.frombuffer(names, f"V{NAME_BYTES}"), np.frombuffer(heads, HEAD), odd)
 
 
 def _sync_directory(path: Path) -> None:

@@ -27,9 +27,14 @@ class NvmeTier:
 
     def __init__(
         self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4,
-        ttl_s: float | None = None,
+        ttl_s: float | None = None, mount_point: Path | None = None,
     ) -> None:  # fmt: skip
-        """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot."""
+        """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot.
+
+        Where the disk has to be mounted at `mount_point`, nothing is written while it is not.
+        """
+        if mount_point is not None and not os.path.ismount(mount_point):
+            raise TierError(f"nothing is mounted at {mount_point}", f"mount the disk that {folder} is to be on")
         self._ttl_s = ttl_s
         self._expire_at = 0.0
         self._limit = size_bytes // segment_bytes

@@ -11,6 +11,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("opening", "wait a few seconds: it reads its catalog"),
     ("silent", "its disk does not answer: look at dmesg; kvd tries again by itself and serves from RAM meanwhile"),
     ("process ended", "look for its last lines in `journalctl -u kvd`, and at dmesg: a failing disk kills it"),
+    ("nothing is mounted", "mount the disk; kvd looks again by itself within half a minute"),
     ("ermission", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
     ("ead-only", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
 )
