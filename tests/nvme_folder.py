@@ -8,7 +8,7 @@ from pathlib import Path
 import lmdb
 
 from kvd.storage.nvme import NvmeTier
-from tests.tier_contract import Sample, get, held, put, sample
+from tests.tier_samples import Sample, get, held, put, sample
 
 MIB = 1 << 20
 SEGMENT = MIB

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from kvd.storage.shared import SharedTier
 from kvd.storage.tier import TierError
-from tests.tier_contract import Sample, get, put, sample
+from tests.tier_samples import Sample, get, put, sample
 
 PAGES = 300
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvd import wire
 from kvd.daemon.sessions import Session
 from kvd.pages import chain
+from kvd.storage.arena import slot_bytes_for
 from kvd.storage.tier import Name, Page
 from tests.node_world import BRANCH, KEYS, World, namespace, spec
 
@@ -219,6 +220,35 @@ def test_a_queue_that_is_full_drops_the_oldest_and_nobody_waits(
     assert world.node.counters["writes_back_dropped"] == 5
     world.settle()
     assert len(world.tier.pages) == 10
+
+
+def test_a_tier_that_starts_anew_is_not_given_what_waits_twice(world: TwoTiers) -> None:
+    session = world.session(spec(1))
+    world.put(session, KEYS[0] + KEYS[1])
+    waiting = len(world.writeback)
+    for _ in range(3):
+        world.writeback.everything(world.now)
+    assert len(world.writeback) == waiting == 30
+
+
+def batch(world: TwoTiers, seconds: float) -> int:
+    """How many pages a batch has that takes so long."""
+    before = len(world.tier.pages)
+    world.node.tick(world.now)
+    world.now += seconds
+    world.tier.answer()
+    return len(world.tier.pages) - before
+
+
+def test_a_slow_tier_gets_small_batches_and_a_quick_one_large_ones(
+    world: TwoTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.writeback._batch_bytes = slot = slot_bytes_for(spec(1).page_bytes)
+    monkeypatch.setattr("kvd.daemon.writeback.BATCH_BYTES", 8 * slot)
+    session = world.session(spec(1))
+    world.put(session, KEYS[0] + KEYS[1])
+    world.now += 1
+    assert [batch(world, seconds) for seconds in (0.1, 0.1, 0.1, 4, 1, 8, 1)] == [1, 2, 4, 8, 2, 2, 1]
 
 
 def test_a_page_of_several_shards_goes_down_and_comes_up_whole(world: TwoTiers) -> None:

@@ -13,7 +13,9 @@ from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.catalog import META, Record, pack, unpack
 from kvd.storage.tier import Tier, TierError
 from tests.nvme_folder import LENGTH, MIB, SEGMENT, absent_or_right, catalog, fill, opened, reopened, segment
-from tests.tier_contract import Sample, TierContract, get, held, put, sample, tier_machine
+from tests.tier_contract import TierContract
+from tests.tier_machine import tier_machine
+from tests.tier_samples import Sample, get, held, put, sample
 
 
 class TestNvme(TierContract):

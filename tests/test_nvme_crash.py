@@ -24,7 +24,7 @@ from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.catalog import Record
 from kvd.storage.tier import Name
 from tests.nvme_folder import failpoint_names
-from tests.tier_contract import Sample, get, held, put, sample
+from tests.tier_samples import Sample, get, held, put, sample
 
 MIB = 1 << 20
 KINDS = ((60_000, 1), (9_000, 2), (60_000, 1), (200_000, 2))

@@ -26,7 +26,7 @@ from tests.nvme_folder import (
     reopened,
     segment,
 )
-from tests.tier_contract import Sample, get, held, put, sample
+from tests.tier_samples import Sample, get, held, put, sample
 
 
 @pytest.fixture(autouse=True)

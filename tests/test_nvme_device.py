@@ -4,11 +4,6 @@ Beyond the cut the kernel answers reads and writes with EIO. What LMDB maps of i
 what is opened or read there is refused; either way kvd stays up, says so, and serves from RAM.
 """
 
-import fcntl
-import os
-import shutil
-import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +13,8 @@ from kvd import wire
 from kvd.pages import chain
 from tests.harness import MIB, Daemon, PluginProcess, eventually
 from tests.kvdctl import doctor, of
+from tests.loop_device import Device, loop_device
 
-LOOP_SET_STATUS64, LOOP_GET_STATUS64 = 0x4C04, 0x4C05
-SIZE_LIMIT = struct.Struct("<32xQ")  # where struct loop_info64 has lo_sizelimit; 0: none
-LOOP_INFO_BYTES = 232
 PAGES = 60
 
 
@@ -29,78 +22,10 @@ def span(conversation: int) -> list[str]:
     return [key.hex() for key in chain([conversation, *range(4 * PAGES - 1)], 4)]
 
 
-def run(*command: object) -> str:
-    """What it prints. Raises OSError where it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(done.stderr.strip() or f"{command[0]} failed")
-    return done.stdout.strip()
-
-
-class Device:
-    """An ext4 in a file, behind a loop device that can be made to fail."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mount_point = folder / "mnt"
-        self.mount_point.mkdir()
-        image = folder / "disk.img"
-        with image.open("wb") as file:
-            file.truncate(384 * MIB)
-        self.path = run("losetup", "--find", "--show", image)
-
-    def format(self) -> None:
-        run("mkfs.ext4", "-q", "-F", self.path)
-
-    def mount(self) -> None:
-        run("mount", self.path, self.mount_point)
-
-    def unmount(self) -> bool:
-        """False: somebody is at it."""
-        try:
-            run("umount", self.mount_point)
-        except OSError as why:
-            return "not mounted" in str(why)
-        return True
-
-    def cut(self, size_bytes: int) -> None:
-        """Beyond `size_bytes` everything fails from now on; 0: nothing does."""
-        with open(self.path, "rb") as device:
-            info = bytearray(LOOP_INFO_BYTES)
-            fcntl.ioctl(device, LOOP_GET_STATUS64, info)
-            info[: SIZE_LIMIT.size] = info[:32] + size_bytes.to_bytes(8, "little")
-            fcntl.ioctl(device, LOOP_SET_STATUS64, bytes(info))
-
-    def forget_cached(self, path: Path) -> None:
-        """What the kernel keeps of a file in memory, as far as nobody maps it, and of that file alone."""
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        eventually(self.unmount, 20, "the device is unmounted")
-        run("losetup", "--detach", self.path)
-
-
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Device]:
-    if os.geteuid() != 0:
-        pytest.skip("loop devices and mounting take root")
-    if missing := [tool for tool in ("losetup", "mkfs.ext4", "mount") if not shutil.which(tool)]:
-        pytest.skip(f"not installed: {missing}")
-    try:
-        device = Device(tmp_path)
-    except OSError as why:
-        pytest.skip(f"no loop device here: {why}")
-    try:
-        device.format()
-        device.mount()
-    except OSError as why:
-        run("losetup", "--detach", device.path)
-        pytest.skip(f"no ext4 can be mounted here: {why}")
-    try:
+    with loop_device(tmp_path) as device:
         yield device
-    finally:
-        device.cut(0)
-        device.close()
 
 
 def nvme(daemon: Daemon) -> wire.TierStatus:

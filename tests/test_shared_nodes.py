@@ -12,7 +12,7 @@ import pytest
 
 from kvd.storage.failpoints import VARIABLE
 from tests.shared_process import PAGES, open_node, page
-from tests.tier_contract import get, held
+from tests.tier_samples import get, held
 
 ROOT = Path(__file__).parents[1]
 # The ninth write is a merge's.

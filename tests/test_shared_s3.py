@@ -14,7 +14,7 @@ from pyarrow import fs
 from kvd.storage.shared import SharedTier
 from kvd.storage.tier import TierError
 from tests.harness import eventually
-from tests.tier_contract import get, held, put, sample
+from tests.tier_samples import get, held, put, sample
 
 SERVER = Path(sys.executable).with_name("moto_server")
 MIB = 1 << 20

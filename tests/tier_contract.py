@@ -3,89 +3,22 @@
     class TestNvme(TierContract):                          every promise, one test each
         def open(self, folder: Path) -> Tier: ...
 
-    TestNvmeMachine = tier_machine(open).TestCase          any sequence of calls, next to a dict
-
 `open` opens what is in `folder`, or starts there; it is called again for the same folder after `close`. The tier must
 have room for ROOM_BYTES of pages in slots of their own, and may evict beyond that.
 """
 
 import mmap
 import random
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import xxhash
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvd.storage.tier import Name, Page, Tier
+from tests.tier_samples import ALIGN, Sample, filled, get, held, put, room, sample
 
 ROOM_BYTES = 8 << 20
-ALIGN = 4096
-NAMESPACE = bytes(range(16))
-Open = Callable[[Path], Tier]
-
-
-class Sample(NamedTuple):
-    """A page and its bytes, one string per shard."""
-
-    page: Page
-    data: tuple[bytes, ...]
-
-
-def sample(number: int, length: int = 5000, shards: int = 1, version: int = 0) -> Sample:
-    """The same for the same arguments. `version`: other bytes under the same name."""
-    rng = random.Random(f"{number} {length} {shards} {version}")
-    data = tuple(rng.randbytes(length) for _ in range(shards))
-    sums = tuple(xxhash.xxh3_128_digest(shard) for shard in data)
-    key, parent = (random.Random(n).randbytes(32) if n >= 0 else bytes(32) for n in (number, number - 1))
-    return Sample(Page(NAMESPACE, key, parent, length, sums, tokens=16), data)
-
-
-def room(length: int, shards: int = 1, aligned: bool = True) -> list[memoryview]:
-    """Buffers for a page, full of what is not the page."""
-    size = -(-length // ALIGN) * ALIGN
-    found = []
-    for _ in range(shards):
-        memory = memoryview(mmap.mmap(-1, size + ALIGN))
-        memory[:] = b"\xa5" * len(memory)
-        found.append(memory[:size] if aligned else memory[8 : 8 + size])
-    return found
-
-
-def filled(what: Sample, aligned: bool = True) -> tuple[Page, list[memoryview]]:
-    """As `put` takes it; what lies beyond the length is rubbish."""
-    buffers = room(what.page.length, what.page.shards, aligned)
-    for buffer, shard in zip(buffers, what.data, strict=True):
-        buffer[: len(shard)] = shard
-    return what.page, buffers
-
-
-def put(tier: Tier, *samples: Sample, aligned: bool = True) -> list[bool]:
-    return tier.put([filled(what, aligned) for what in samples])
-
-
-def get(tier: Tier, *samples: Sample, aligned: bool = True) -> list[Sample | None]:
-    """What is there under the samples' names, with buffers of the samples' sizes."""
-    wanted = [(what.page.name, room(what.page.length, what.page.shards, aligned)) for what in samples]
-    pages = tier.get(wanted)
-    return [
-        None if page is None else Sample(page, tuple(bytes(buffer[: page.length]) for buffer in buffers))
-        for page, (_, buffers) in zip(pages, wanted, strict=True)
-    ]
-
-
-def held(tier: Tier) -> set[Name]:
-    pieces = list(tier.names())
-    flat = [name for piece in pieces for name in piece]
-    assert len(flat) == len(set(flat)), "names come once"
-    return set(flat)
 
 
 class TierContract:
@@ -275,96 +208,3 @@ class TierContract:
                 reader.join()
         assert not wrong
         assert hits[0]
-
-
-# Numbers name pages; a number's sizes never change, as a namespace's never do.
-KINDS = ((700, 1), (9000, 3), (60_000, 1), (260_000, 2))
-NUMBERS = st.lists(st.integers(0, 47), min_size=1, max_size=12)
-
-
-def of_kind(number: int, version: int = 0) -> Sample:
-    length, shards = KINDS[number % len(KINDS)]
-    return sample(number, length, shards, version)
-
-
-def tier_machine(open_tier: Open, examples: int = 25, steps: int = 30) -> type[RuleBasedStateMachine]:
-    """Any sequence of calls against a dict: a page may be absent, never wrong, and never silently."""
-
-    class Machine(RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.folder = Path(tempfile.mkdtemp(prefix="kvd-tier-"))
-            self.tier: Tier | None = None
-            self.versions: dict[int, set[Sample]] = {}  # all that was ever put under a number
-            self.there: set[int] = set()  # put said True, and nothing took it away since
-
-        @initialize()
-        def start(self) -> None:
-            self.tier = open_tier(self.folder / "tier")
-
-        @rule(numbers=NUMBERS, version=st.integers(0, 2), aligned=st.booleans())
-        def put(self, numbers: list[int], version: int, aligned: bool) -> None:
-            assert self.tier is not None
-            samples = [of_kind(number, version) for number in numbers]
-            for number, what in zip(numbers, samples, strict=True):
-                self.versions.setdefault(number, set()).add(what)
-            stored = put(self.tier, *samples, aligned=aligned)
-            self.there |= {number for number, ok in zip(numbers, stored, strict=True) if ok}
-            self.listen()
-
-        @rule(numbers=NUMBERS, aligned=st.booleans())
-        def get(self, numbers: list[int], aligned: bool) -> None:
-            assert self.tier is not None
-            got = get(self.tier, *[of_kind(number) for number in numbers], aligned=aligned)
-            self.listen()
-            for number, what in zip(numbers, got, strict=True):
-                self.compare(number, what is not None)
-                assert what is None or what in self.versions[number], f"page {number} came back wrong"
-
-        @rule(numbers=NUMBERS)
-        def find(self, numbers: list[int]) -> None:
-            assert self.tier is not None
-            found = self.tier.find([of_kind(number).page.name for number in numbers])
-            self.listen()
-            for number, page in zip(numbers, found, strict=True):
-                self.compare(number, page is not None)
-                assert page is None or page in {what.page for what in self.versions[number]}
-
-        @rule(numbers=NUMBERS)
-        def remove(self, numbers: list[int]) -> None:
-            assert self.tier is not None
-            self.tier.remove([of_kind(number).page.name for number in numbers])
-            self.there -= set(numbers)
-
-        @rule()
-        def reopen(self) -> None:
-            assert self.tier is not None
-            self.tier.close()
-            self.tier = open_tier(self.folder / "tier")
-
-        @invariant()
-        def names_are_what_is_there(self) -> None:
-            if self.tier is None:
-                return
-            self.listen()
-            names = {of_kind(number).page.name for number in self.there}
-            assert held(self.tier) == names
-            assert self.tier.usage().pages == len(names)
-
-        def compare(self, number: int, present: bool) -> None:
-            assert present == (number in self.there), f"page {number} is {'' if present else 'not '}there"
-
-        def listen(self) -> None:
-            assert self.tier is not None
-            came, left = self.tier.news()
-            assert not came, "nobody else stores pages here"
-            numbers = {of_kind(number).page.name: number for number in self.there}
-            self.there -= {numbers[name] for name in left if name in numbers}
-
-        def teardown(self) -> None:
-            if self.tier is not None:
-                self.tier.close()
-            shutil.rmtree(self.folder)
-
-    Machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=steps, deadline=None)
-    return Machine

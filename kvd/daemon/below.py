@@ -27,6 +27,7 @@ log = logging.getLogger("kvd.tier")
 SILENT_AFTER_S = 10.0  # it says how it is twice a second
 START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
 _OPENING = "opening"
+_ENDED = "its process ended"
 _FULL = 0.95
 _WELL_AFTER_S = 60.0  # up for as long, a failure is the first again
 
@@ -147,7 +148,7 @@ class Below:
         except OSError:
             data = b""
         if not data:
-            self._hang_up(self._last_words or "its process ended: see kvd's log")
+            self._hang_up(self._last_words or _ENDED)
             return
         self._heard = time.monotonic()
         self._inbox += data
@@ -190,8 +191,11 @@ class Below:
             self._hang_up(f"silent for {SILENT_AFTER_S:.0f} s: does its disk hang?")
         elif self._sock is not None and self._asked and now - next(iter(self._asked.values())) > self._patience_s:
             self._hang_up(f"silent about a request for {self._patience_s:.0f} s: does its disk hang?")
-        elif self._sock is None and self._process.poll() is not None:
+        elif self._sock is None and (status := self._process.poll()) is not None:
             self._process = None
+            if self.trouble == _ENDED:
+                self.trouble = f"{_ENDED}: {_cause(status)}"
+                log.warning("%s: %s", self.name, self.trouble)
             self._fail_all()
 
     def _start(self, now: float) -> None:
@@ -235,7 +239,8 @@ class Below:
         self.trouble = why
         self.restarts += 1
         self.gauge = Gauge()
-        log.warning("%s: %s; starting again in %.1f s", self.name, why, self._wait_s)
+        if not self._closed:
+            log.warning("%s: %s; starting again in %.1f s", self.name, why, self._wait_s)
         self._forgotten()
 
     def _fail_all(self) -> None:
@@ -261,3 +266,10 @@ class Below:
                 self._process.wait(2.0)
             except subprocess.TimeoutExpired:
                 log.warning("%s: its process does not end: does its disk hang?", self.name)
+
+
+def _cause(status: int) -> str:
+    """What a process died of. Most signals leave no last words of their own."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"status {status}, its last words are in kvd's log"

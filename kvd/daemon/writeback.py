@@ -2,7 +2,8 @@
 
 Pure but for the tier it is handed: time is a number. A page is written some seconds after it came, so that a batch is
 large, and stays in RAM as long as it is worth it: when it is evicted later, it is only forgotten here. The queue is
-bounded: where the tier cannot keep up, the oldest pages are not written, and nobody waits.
+bounded: where the tier cannot keep up, the oldest pages are not written, and nobody waits. So is the time of a batch:
+a slow disk gets small ones, for a tier that is silent about one for too long is taken for hung (kvd.daemon.below).
 """
 
 from collections import deque
@@ -15,6 +16,8 @@ from kvd.storage.tier import Page
 from kvd.storage.worth import TRAITS
 
 BATCH_BYTES = 64 << 20
+_FIRST_BYTES = 8 << 20  # of a tier whose speed is unknown
+_QUICK_S, _SLOW_S = 0.5, 2.0  # a batch that takes less is followed by one twice as large, a slower one by one of 1 s
 _BATCH_PAGES = 256
 MAX_QUEUE = 1 << 16  # pages
 _NOBODY = 0  # the session that leases for us; real ones begin at 1
@@ -47,6 +50,8 @@ class WriteBack:
         self._counters = stock.counters
         self._queue: deque[tuple[float, int]] = deque()  # when it came, its place
         self._writing = 0  # pages of the batch that is under way
+        self._began: float | None = None  # when the batch was sent whose time has not been looked at
+        self._batch_bytes = _FIRST_BYTES
 
     def __len__(self) -> int:
         """Pages that wait or are being written."""
@@ -63,11 +68,14 @@ class WriteBack:
 
     def tick(self, now: float, hurry: bool = False) -> None:
         """Send the next batch, unless one is under way. With `hurry`, what has just come too."""
-        if self._writing or not self._sink.ready:
+        if self._writing:
+            return
+        self._pace(now)
+        if not self._sink.ready:
             return
         batch: list[Group] = []
         size = 0
-        while self._queue and len(batch) < _BATCH_PAGES and size < BATCH_BYTES:
+        while self._queue and len(batch) < _BATCH_PAGES and size < self._batch_bytes:
             came, place = self._queue[0]
             if came + self._delay_s > now and not hurry:
                 break
@@ -86,6 +94,7 @@ class WriteBack:
         lease = self._leases.grant(_NOBODY, tuple(batch), now, _LEASE_S)
         pages = [(self._page(group), [self._arena.offset(slot) for slot in group.slots]) for group in batch]
         self._writing = len(batch)
+        self._began = now
 
         def done(flags: list[bool]) -> None:
             self._writing = 0
@@ -97,6 +106,16 @@ class WriteBack:
             self._counters["writes_back_refused"] += len(flags) - sum(flags)
 
         self._sink.store(pages, done)
+
+    def _pace(self, now: float) -> None:
+        """How much the next batch may be, after the time that the last one took."""
+        if self._began is None:
+            return
+        took, self._began = now - self._began, None
+        if took < _QUICK_S:
+            self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
+        elif took > _SLOW_S:
+            self._batch_bytes = max(int(self._batch_bytes / took), 1)
 
     def _sound(self, group: Group) -> bool:
         """Its headers are sound, and it is no page that leaves with its session."""
@@ -113,5 +132,6 @@ class WriteBack:
 
     def everything(self, now: float) -> None:
         """The tier has said all that it holds: whatever else is resident goes there."""
+        self._queue.clear()  # what waits is resident too, or need not be written
         for group in self._residency:
             self.admitted(group, now)

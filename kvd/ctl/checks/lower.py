@@ -10,8 +10,13 @@ _BEHIND = 1024  # pages that wait to be written: some seconds of a fast disk
 _REMEDIES: tuple[tuple[str, str], ...] = (
     ("opening", "wait a few seconds: it reads its catalog"),
     ("silent", "its disk does not answer: look at dmesg; kvd tries again by itself and serves from RAM meanwhile"),
-    ("process ended", "look for its last lines in `journalctl -u kvd`, and at dmesg: a failing disk kills it"),
     ("nothing is mounted", "mount the disk; kvd looks again by itself within half a minute"),
+    (
+        "SIGBUS",
+        "its disk fails, or its catalog was cut short: look at dmesg; on a sound disk, remove the tier's folder",
+    ),
+    ("SIGKILL", "look at dmesg: memory may have been short; kvd starts it again by itself"),
+    ("process ended", "look for its last lines in `journalctl -u kvd`; kvd starts it again by itself"),
     ("ermission", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
     ("ead-only", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
 )

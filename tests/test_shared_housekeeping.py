@@ -1,0 +1,135 @@
+"""What the nodes of a shared tier do to its folder now and then: merging, age-out, sweeping up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.shared_folder import MIB, Node, files, nodes
+from tests.tier_samples import get, held, put, sample
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with nodes(tmp_path / "shared") as start:
+        yield start
+
+
+class TestHousekeeping:
+    def test_small_files_are_merged_up_to_the_target(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        samples = [sample(n, 200_000) for n in range(64)]
+        for what in samples:
+            put(tier, what)
+            assert tier.news() == ([], [])
+        for _ in range(8):
+            tier.news()
+        assert len(files(tmp_path)) < 16
+        assert max(path.stat().st_size for path in files(tmp_path)) < 4.2 * MIB
+        assert get(tier, *samples) == samples
+        assert get(node("b"), *samples) == samples
+
+    def test_a_tier_at_rest_writes_nothing(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        put(tier, *[sample(n, 3000) for n in range(700)])  # small pages fill files badly, for ever
+        put(tier, *[sample(n, 400_000) for n in range(1000, 1006)])
+        tier.news()
+        before = files(tmp_path)
+        for _ in range(5):
+            tier.news()
+        assert files(tmp_path) == before
+
+    def test_removed_pages_give_their_room_back(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        samples = [sample(n, 200_000) for n in range(20)]
+        put(tier, *samples)
+        full = tier.usage().bytes_used
+        tier.remove([s.page.name for s in samples[:15]])
+        for _ in range(3):
+            tier.news()
+        assert tier.usage().bytes_used < full / 2
+        assert get(tier, *samples) == [None] * 15 + samples[15:]
+
+    def test_a_reader_with_an_old_index_finds_its_file_or_a_miss(self, node: Node, tmp_path: Path) -> None:
+        writer, reader = node("a", grace_s=99), node("b", poll_s=99)
+        samples = [sample(n) for n in range(8)]
+        for what in samples:
+            put(writer, what)
+        reader._files.refresh()
+        writer.news()
+        assert len(files(tmp_path)) == 9, "merged, and the old files still there"
+        assert get(reader, *samples) == samples
+        writer._housekeeping.grace_s = 0
+        writer.news()
+        assert len(files(tmp_path)) == 1
+        assert get(reader, *samples) == [None] * 8
+        reader._files.refresh()
+        assert get(reader, *samples) == samples
+        assert reader.news() == ([s.page.name for s in samples], []), "as it was: they were in no news yet"
+
+    def test_pages_leave_when_their_time_is_over_also_after_a_merge(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        for n in range(8):
+            put(tier, sample(n))
+        tier.news()
+        late = node("b", ttl_s=3600)
+        assert len(held(late)) == 8
+        late._housekeeping.ttl_s = 0
+        assert set(late.news().left) == {sample(n).page.name for n in range(8)}
+        assert not held(late)
+        late._housekeeping.leftover_s = 0
+        late.news()
+        assert not files(tmp_path)
+
+    def test_many_removals_become_one_file_and_outlive_a_restart(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        put(tier, *[sample(n) for n in range(40)])
+        for n in range(20):
+            tier.remove([sample(n).page.name])
+        tier.news()
+        assert len(files(tmp_path, "graves")) == 1
+        assert held(node("a")) == {sample(n).page.name for n in range(20, 40)}
+
+    def test_old_graves_over_nothing_are_swept(
+        self, node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tier = node("a")
+        put(tier, sample(1), sample(2))
+        tier.remove([sample(1).page.name])
+        monkeypatch.setattr("kvd.storage.shared.housekeeping._YOUNG_GRAVE_S", -60.0)
+        tier.news()
+        assert len(files(tmp_path, "graves")) == 1, "the copy is still in its file"
+        tier.remove([sample(2).page.name])
+        for _ in range(3):
+            tier.news()
+        assert not files(tmp_path)
+        assert not files(tmp_path, "graves")
+
+    def test_what_crashes_left_is_swept_by_age_and_foreign_files_never(self, node: Node, tmp_path: Path) -> None:
+        put(node("a"), sample(1))
+        folder = tmp_path / "shared"
+        temporary, stranger = folder / "a" / ".x.pages.arrow.1.tmp", folder / "a" / "notes.txt"
+        half = files(tmp_path)[0].with_name("0" * 15 + "1-" + "0" * 16 + ".pages.arrow")
+        for path in (temporary, stranger, half):
+            path.write_bytes(b"half")
+        tier = node("b", leftover_s=99)
+        tier.news()
+        assert temporary.exists()
+        assert half.exists()
+        tier._housekeeping.leftover_s = 0
+        tier.news()
+        assert not temporary.exists()
+        assert not half.exists()
+        assert stranger.exists()
+        assert tier.counters["foreign"] == tier.counters["truncated"] == 1
+
+    def test_a_put_that_cannot_fit_is_refused_and_evicts_nothing(self, node: Node) -> None:
+        tier = node("a", quota_bytes=MIB)
+        assert put(tier, sample(1, 300_000)) == [True]
+        assert put(tier, sample(2, 2 * MIB)) == [False]
+        assert get(tier, sample(1, 300_000)) == [sample(1, 300_000)]
+
+    def test_a_put_longer_than_a_file_is_several(self, node: Node, tmp_path: Path) -> None:
+        samples = [sample(n, 700_000) for n in range(20)]
+        assert all(put(node("a"), *samples))
+        assert len(files(tmp_path)) == 4
