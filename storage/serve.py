@@ -2,7 +2,7 @@
 
 A disk that hangs hangs this process; a medium that fails under LMDB's mapping kills it (SIGBUS); kvd sees it, answers
 misses and starts another. SETTINGS is JSON: {"tier": "nvme" or "shared", "socket": fd, "arena": fd, ...its own}.
-Loads run on several threads, stores on one, in their order. Ends when kvd hangs up.
+Loads run on several threads, stores and removals on one, in their order. Ends when kvd hangs up.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import Any
 
 from kvd.errors import KvdError
 from kvd.storage import tierwire
+from kvd.storage.lineage import meant
 from kvd.storage.tier import Tier, TierError
 
 GAUGE_EVERY_S = 0.5
@@ -37,7 +38,7 @@ class Server:
         self._sock = sock
         self._arena = arena
         self._send_lock = threading.Lock()
-        self._stores: queue.SimpleQueue[tierwire.Store | tierwire.Judge | tierwire.Used] = queue.SimpleQueue()
+        self._stores: queue.SimpleQueue[tierwire.ToTier] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
         for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
             threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
@@ -91,10 +92,19 @@ class Server:
                     flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in rows])
                     self._tell_news()  # before the answer: kvd must know what left before it believes what came
                     self.send(tierwire.Stored(request, flags))
+                case tierwire.Remove() as request:
+                    self._remove(request)
                 case tierwire.Judge(density):
                     self._tier.judge(density)
                 case tierwire.Used(names, kinds):
                     self._tier.used(list(zip(tierwire.split(names), kinds, strict=True)))
+
+    def _remove(self, request: tierwire.Remove) -> None:
+        for names in meant(self._tier, request.namespace, request.key):
+            self._tier.remove(names)
+            for at in range(0, len(names), _NAMES_AT_ONCE):
+                self.send(tierwire.Removed(request.request, b"".join(names[at : at + _NAMES_AT_ONCE]), False))
+        self.send(tierwire.Removed(request.request, b"", True))
 
     def _news_forever(self) -> None:
         for names in self._tier.names():

@@ -74,7 +74,15 @@ class Used(Message, tag="used", frozen=True):
     kinds: bytes
 
 
-ToTier = Store | Load | Judge | Used
+class Remove(Message, tag="remove", frozen=True):
+    """Remove a page and all that follow it, in one namespace or in every one; without a key all that is in it."""
+
+    request: int
+    namespace: bytes
+    key: bytes
+
+
+ToTier = Store | Load | Remove | Judge | Used
 
 # -- from the tier -----------------------------------------------------------------------------------------------
 
@@ -111,7 +119,15 @@ class Loaded(Message, tag="loaded", frozen=True):
     rows: list[Row | None]
 
 
-FromTier = Changed | Gauge | Stored | Loaded
+class Removed(Message, tag="removed", frozen=True):
+    """A part of what a `Remove` removed, durably; the last part is empty and says so."""
+
+    request: int
+    names: bytes
+    over: bool
+
+
+FromTier = Changed | Gauge | Stored | Loaded | Removed
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_tier = msgspec.msgpack.Decoder(ToTier).decode

@@ -13,7 +13,8 @@ from kvd import __version__, wire
 from tests.harness import Daemon
 from tests.kvdctl import PAGE, RawWorker, kvdctl, on, other_version
 
-COMMANDS = ("status", "tiers", "workers", "ls", "verify", "doctor")
+COMMANDS = ("status", "tiers", "workers", "ls", "verify", "doctor", "explain", "evict")
+NEEDS = {"evict": ("--all", "--yes")}  # what a command does nothing without
 
 # -- every command -----------------------------------------------------------------------------------------
 
@@ -41,11 +42,11 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "doctor"])
 def test_without_a_daemon_a_command_says_so_in_one_line(command: str, tmp_path: Path) -> None:
-    ran = kvdctl(command, KVD_RUN_DIR=str(tmp_path))
+    ran = kvdctl(command, *NEEDS.get(command, ()), KVD_RUN_DIR=str(tmp_path))
     assert (ran.returncode, ran.stdout) == (3, "")
     assert ran.stderr.startswith(f"kvdctl: no kvd at {tmp_path}/kvd.sock")
     assert ran.stderr.count("\n") == 1
-    ran = kvdctl(command, "--json", "--socket", str(tmp_path / "other.sock"))
+    ran = kvdctl(command, *NEEDS.get(command, ()), "--json", "--socket", str(tmp_path / "other.sock"))
     assert (ran.returncode, ran.stdout) == (3, "")
     error = json.loads(ran.stderr)
     assert set(error) == {"error", "hint"}

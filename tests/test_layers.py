@@ -13,6 +13,7 @@ PURE = (
     "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.requests", "kvd.daemon.recovery", "kvd.daemon.labels",
     "kvd.daemon.scratch", "kvd.daemon.intake", "kvd.daemon.stock", "kvd.daemon.promotion", "kvd.daemon.gate",
     "kvd.daemon.writeback", "kvd.sidecar.prefill", "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
+    "kvd.daemon.decisions", "kvd.daemon.eviction",
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference",

@@ -21,6 +21,9 @@ KEY, TICKET = bytes(range(32)), bytes(range(16))
 SPEC = wire.NamespaceSpec(TICKET, 1 << 20, 64, 1, 2, "kv", "model rank 1/2", bytes(16))
 TIER = wire.TierStatus("ram", 1 << 30, 1 << 20, 1, 2, 3, 4, 5, 6, 7)
 WORKER = wire.WorkerStatus(3, 4242, "model rank 0/1", 1.5, ["kv"], "1/1", "closed", 1, 0, {"get_pages": 2})
+DECISION = wire.GateDecision(
+    1.5, 3, 4242, "model rank 0/1", "kv", "nvme", 15, 0, 1e9, 1 << 20, 1234.5, "slower", "the tier is slower"
+)
 SAMPLES: list[wire.Message] = [
     wire.Hello(1, "worker", "model rank 0/1"),
     wire.Join([SPEC]),
@@ -56,6 +59,18 @@ SAMPLES: list[wire.Message] = [
     wire.Scanned(9, -1, wire.SCANNED_ROW.pack(4096, 1, 4096, TICKET, TICKET, KEY)),
     wire.Checked(["a fault"], 3),
     wire.Checked([], 3, 4096),
+    wire.GetDecisions(10),
+    wire.FindPages("ff", TICKET, 16384),
+    wire.GetNamespace(TICKET),
+    wire.GetChain(TICKET, KEY),
+    wire.EvictPages(TICKET, KEY, True, 4096),  # contradicts itself: tests send this to real daemons
+    wire.RemoveBelow(TICKET, KEY, True),
+    wire.Decisions([DECISION], 12, ["nvme"]),
+    wire.PagesFound([wire.PageName(TICKET, KEY)], -1),
+    wire.NamespaceKnown(SPEC),
+    wire.Chain(KEY * 2, KEY),
+    wire.Evicted(3, 1, 4096),
+    wire.RemovedBelow([wire.TierRemoval("nvme", 3, "its process ended")]),
     wire.Lookup(1, 0, KEY, 2.0),
     wire.LeasePages(2, 0, KEY * 2, 2.0),
     wire.ReleaseLease(9, [1]),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvd import __version__
-from kvd.ctl import doctor, ls, status, tiers, verify, workers
+from kvd.ctl import doctor, evict, explain, ls, status, tiers, verify, workers
 from kvd.ctl.simulate.command import app as simulation
 
 app = typer.Typer(
@@ -53,6 +53,8 @@ for _name, _module in (
     ("workers", workers),
     ("ls", ls),
     ("verify", verify),
+    ("explain", explain),
+    ("evict", evict),
 ):
     app.command(_name)(_module.command)
 app.add_typer(simulation, name="simulate")

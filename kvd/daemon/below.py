@@ -29,10 +29,13 @@ START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
 _OPENING = "opening"
 _ENDED = "its process ended"
 _FULL = 0.95
+_REMOVAL_PATIENCE_S = 300.0  # it may have to read a whole catalog; meanwhile stores wait for it
 _WELL_AFTER_S = 60.0  # up for as long, a failure is the first again
 
 Loaded = Callable[[list[Page | None]], None]
 Stored = Callable[[list[bool]], None]
+Left = Callable[[list[Name]], None]
+Ended = Callable[[str], None]  # with what went wrong
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ class Below:
         self._patience_s = patience_s  # the longest that one request may take
         self._loads: dict[int, tuple[int, Loaded]] = {}
         self._stores: dict[int, tuple[int, Stored]] = {}
+        self._removals: dict[int, tuple[Left, Ended]] = {}
         self._asked: dict[int, float] = {}  # when, in order
         self._heard = self._began = self._start_at = time.monotonic()
         self._wait_s = START_AFTER_S[0]
@@ -114,6 +118,13 @@ class Below:
         if self.gauge.floor is not None:
             return density >= self.gauge.floor
         return before > 0 or self.gauge.bytes_used < _FULL * self.gauge.bytes_total
+
+    def remove(self, namespace: bytes, key: bytes, left: Left, ended: Ended) -> None:
+        """Remove pages, see `tierwire.Remove`. `left` hears which, a part at a time; `ended` may be called at once."""
+        self._request += 1
+        self._asked[self._request] = time.monotonic()
+        self._removals[self._request] = (left, ended)
+        self._send(tierwire.Remove(self._request, namespace, key))
 
     def _send(self, message: tierwire.ToTier) -> None:
         if self._sock is None:
@@ -170,6 +181,12 @@ class Below:
                 del self._asked[request]
                 _, stored = self._stores.pop(request)
                 stored(flags)
+            case tierwire.Removed(request, names, over):
+                left_, ended = self._removals[request]
+                left_(tierwire.split(names))
+                if over:
+                    del self._asked[request], self._removals[request]
+                    ended("")
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
             case tierwire.Gauge(pages, used, total, counters, trouble, floor):
@@ -189,14 +206,18 @@ class Below:
                 self._start(now)
         elif self._sock is not None and now - self._heard > SILENT_AFTER_S:
             self._hang_up(f"silent for {SILENT_AFTER_S:.0f} s: does its disk hang?")
-        elif self._sock is not None and self._asked and now - next(iter(self._asked.values())) > self._patience_s:
-            self._hang_up(f"silent about a request for {self._patience_s:.0f} s: does its disk hang?")
+        elif self._sock is not None and self._asked and now - next(iter(self._asked.values())) > self._patience:
+            self._hang_up(f"silent about a request for {self._patience:.0f} s: does its disk hang?")
         elif self._sock is None and (status := self._process.poll()) is not None:
             self._process = None
             if self.trouble == _ENDED:
                 self.trouble = f"{_ENDED}: {_cause(status)}"
                 log.warning("%s: %s", self.name, self.trouble)
             self._fail_all()
+
+    @property
+    def _patience(self) -> float:
+        return _REMOVAL_PATIENCE_S if self._removals else self._patience_s
 
     def _start(self, now: float) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -248,13 +269,17 @@ class Below:
         if self._process is not None:
             return  # killed, not reaped: `tick` comes back to it
         loads, stores = list(self._loads.values()), list(self._stores.values())
+        removals = list(self._removals.values())
         self._loads.clear()
         self._stores.clear()
+        self._removals.clear()
         self._asked.clear()
         for count, loaded in loads:
             loaded([None] * count)
         for count, stored in stores:
             stored([False] * count)
+        for _, ended in removals:
+            ended(self.trouble or "its process ended")
 
     def close(self) -> None:
         if self._closed:

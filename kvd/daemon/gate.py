@@ -12,12 +12,25 @@ measurement; and a measurement that forbids goes stale, so that a disk that has 
 """
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
 STALE_AFTER_S = 30.0
 WAIT_S = 1.0  # a reader waits as long (half of the plugin's get_timeout_s)
 _NEW = 0.3  # weight of a new measurement of the disk
 _WHOLE_BYTES = 4 << 20  # a measurement of less weighs less: it is of the way there, not of the disk
 _PERIOD_S = 0.05
+
+
+Reason = Literal["pays", "untried", "stale", "speed unknown", "late", "slower", "queue"]
+WORDS: Final[dict[Reason, str]] = {
+    "pays": "all of it pays: loading takes less time than computing",
+    "untried": "never measured: tried, to find out",
+    "stale": f"last measured more than {STALE_AFTER_S:.0f} s ago: tried again",
+    "speed unknown": "here in time; how fast this worker computes is not known yet",
+    "late": f"the rest would not be here before the reader gives up, after {WAIT_S:g} s",
+    "slower": "the tier is slower than computing",
+    "queue": "what is on its way already takes longer than computing this",
+}
 
 
 @dataclass(slots=True)
@@ -55,20 +68,32 @@ class Decision:
     disk_bytes_per_s: float
     prefill_tokens_per_s: float
     bytes_on_the_way: int
+    reason: Reason
 
 
 def decide(
     disk: Disk, wanted: int, page_bytes: int, page_tokens: int, prefill_tokens_per_s: float, now: float
 ) -> Decision:
     """For a prefix of `wanted` pages that are on this disk. `page_bytes` are of all shards."""
-    known = disk.bytes_per_s > 0 and now - disk.measured_at <= STALE_AFTER_S
-    worth = wanted
+    pages, reason = _choose(disk, wanted, page_bytes, page_tokens, prefill_tokens_per_s, now)
+    return Decision(pages, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way, reason)
+
+
+def _choose(
+    disk: Disk, wanted: int, page_bytes: int, page_tokens: int, prefill_tokens_per_s: float, now: float
+) -> tuple[int, Reason]:
+    if not disk.bytes_per_s:
+        return wanted, "untried"
+    if now - disk.measured_at > STALE_AFTER_S:
+        return wanted, "stale"
+    in_time = int((WAIT_S * disk.bytes_per_s - disk.on_the_way) // page_bytes)
+    worth = min(wanted, max(0, in_time))
+    known = prefill_tokens_per_s > 0 and page_tokens > 0
     if known:
-        in_time = int((WAIT_S * disk.bytes_per_s - disk.on_the_way) // page_bytes)
-        worth = min(wanted, max(0, in_time))
-        if prefill_tokens_per_s > 0 and page_tokens > 0:
-            queued = disk.on_the_way / disk.bytes_per_s
-            gained = page_tokens / prefill_tokens_per_s - page_bytes / disk.bytes_per_s  # a page, in seconds
-            if gained * worth < queued:
-                worth = 0
-    return Decision(worth, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way)
+        queued = disk.on_the_way / disk.bytes_per_s
+        gained = page_tokens / prefill_tokens_per_s - page_bytes / disk.bytes_per_s  # a page, in seconds
+        if gained * worth < queued:
+            return 0, "slower" if gained <= 0 else "queue"
+    if worth < wanted:
+        return worth, "late"
+    return worth, "pays" if known else "speed unknown"

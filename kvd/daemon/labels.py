@@ -27,6 +27,10 @@ class Labels:
     def get(self, digest: bytes) -> NamespaceSpec | None:
         return self._specs.get(digest)
 
+    def digests(self) -> list[bytes]:
+        """All namespaces that something was said about."""
+        return list(self._specs)
+
     def add(self, spec: NamespaceSpec) -> None:
         self.forget(spec.digest)
         self._specs[spec.digest] = spec

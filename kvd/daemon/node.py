@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from kvd import wire
+from kvd.daemon.decisions import Decisions
 from kvd.daemon.gate import decide
 from kvd.daemon.group import Group
 from kvd.daemon.hints import Hints, Listener
@@ -53,6 +54,7 @@ class Node:
         self.promotion = Promotion(stock)
         self.writebacks: list[WriteBack] = []
         self.hints: list[Hints] = []
+        self.decisions = Decisions()
         stock.on_admit = self._admitted
         stock.on_use = self._used
         self.warm_pages = 0
@@ -133,7 +135,10 @@ class Node:
         rate = float(session.counters.get("prefill_tokens_per_s", 0))
         for lower in self.promotion.tiers:
             below = places.get(lower.bit, [])
+            if not below:
+                continue
             decision = decide(lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
+            self.decisions.add(now, session, spec.pool, lower.bit, decision)
             if decision.pages < len(below):
                 self.counters["gate_refused_pages"] += len(below) - decision.pages
                 pages = min(pages, below[decision.pages])

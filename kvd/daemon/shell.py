@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 
 from kvd import __version__, wire
-from kvd.daemon import scratch, status, systemd
+from kvd.daemon import operators, scratch, status, systemd
 from kvd.daemon.data import DataSocket
 from kvd.daemon.lower import open_lower
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
+from kvd.daemon.removals import Removals
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
 from kvd.errors import PeerError, Refused, VersionSkew
@@ -54,6 +55,7 @@ class Shell:
         self._data = DataSocket(settings.run_dir / DATA_SOCKET, settings.socket_mode, self._answer_worker, self._drop)
         self._by_ticket: dict[bytes, Member] = {}
         self._lower = open_lower(settings, room)
+        self._removals = Removals(self._node, self._lower)
 
     # -- kvd.sock ------------------------------------------------------------------------------------------
 
@@ -89,6 +91,10 @@ class Shell:
             case wire.Check(cursor):
                 faults, following = self._node.check(cursor, CHECK_AT_ONCE)
                 member.send(wire.Checked(faults[:MAX_FAULTS], len(self._node.residency), following))
+            case wire.RemoveBelow():
+                self._removals.begin(message, member.send)
+            case _:
+                member.send(operators.answer(self._node, self._lower, message, time.monotonic()))
 
     def _welcome(self, member: Member, hello: wire.Hello, fds: list[int]) -> None:
         if hello.protocol != wire.PROTOCOL:
