@@ -125,10 +125,15 @@ class DaemonSettings(BaseSettings):
     nvme: NvmeSettings = NvmeSettings()
     shared: SharedSettings = SharedSettings()
     tenants: dict[str, TenantSettings] = Field({}, description="shares of tenants; who is not named has no limit")
+    pins_file: Path | None = Field(None, description="where pins are kept; unset: run_dir, which a reboot may empty")
     socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
     max_sessions: int = Field(256, ge=1, le=4096, description="worker ranks and tools connected at once")
     flush_s: float = Field(10.0, ge=0, le=80, description="how long a clean stop may write what tiers do not have yet")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
+
+    @property
+    def pins_path(self) -> Path:
+        return self.pins_file or self.run_dir / "pins"
 
     @model_validator(mode="after")
     def _reserves_fit(self) -> "DaemonSettings":

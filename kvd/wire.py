@@ -156,9 +156,26 @@ class RemoveBelow(Message, tag="remove_below", frozen=True):
     everything: bool = False
 
 
+class Pin(Message, tag="pin", frozen=True):
+    """Keep the pages from a prompt's first to this one; or, with `keep` false, let them leave again."""
+
+    namespace: bytes
+    key: bytes
+    keep: bool = True
+
+
+class GetPins(Message, tag="get_pins", frozen=True):
+    pass
+
+
+class GetQuotas(Message, tag="get_quotas", frozen=True):
+    pass
+
+
 ToDaemon = (
     Hello | Join | Ping | Report | GetStatus | GetPrefixes | Scan | EndScan | Check
     | GetDecisions | FindPages | GetNamespace | GetChain | EvictPages | RemoveBelow
+    | Pin | GetPins | GetQuotas
 )  # fmt: skip
 
 
@@ -350,9 +367,47 @@ class RemovedBelow(Message, tag="removed_below", frozen=True):
     tiers: list[TierRemoval]
 
 
+class Pinned(Message, tag="pinned", frozen=True):
+    """How many pages the pin keeps, or was the last to keep, and how much of all pins is in RAM."""
+
+    pages: int
+    bytes_in_ram: int
+
+
+class OnePin(Message, tag="one_pin", frozen=True):
+    """A pin, by the page that it ends with; how many pages it keeps, and how many of them are in RAM."""
+
+    namespace: bytes
+    key: bytes
+    pages: int
+    in_ram: int
+    label: str
+
+
+class Pins(Message, tag="pins", frozen=True):
+    pins: list[OnePin]
+    bytes_in_ram: int
+    bytes_limit: int
+
+
+class TenantShare(Message, tag="share", frozen=True):
+    """What a tenant holds in one tier; `burst_bytes` None: no limit."""
+
+    tenant: str
+    tier: str
+    held_bytes: int
+    reserve_bytes: int
+    burst_bytes: int | None
+
+
+class Quotas(Message, tag="quotas", frozen=True):
+    shares: list[TenantShare]
+
+
 FromDaemon = (
     Welcome | Joined | Pong | Refusal | Status | Prefixes | Scanned | Checked
     | Decisions | PagesFound | NamespaceKnown | Chain | Evicted | RemovedBelow
+    | Pinned | Pins | Quotas
 )  # fmt: skip
 
 

@@ -35,6 +35,10 @@ class Quotas:
     def held(self, tenant: str) -> int:
         return self._held.get(tenant, 0)
 
+    def tenants(self) -> list[str]:
+        """Who holds something, or has a share."""
+        return sorted(self.shares.keys() | self._held.keys())
+
     def charge(self, tenant: str, size_bytes: int) -> None:
         """The tenant's page came in."""
         self._held[tenant] = self.held(tenant) + size_bytes

@@ -23,6 +23,7 @@ from typing import Any
 from kvd.errors import KvdError
 from kvd.storage import tierwire
 from kvd.storage.lineage import meant
+from kvd.storage.quota import Share
 from kvd.storage.tier import Tier, TierError
 
 GAUGE_EVERY_S = 0.5
@@ -96,6 +97,8 @@ class Server:
                     self._remove(request)
                 case tierwire.Judge(density):
                     self._tier.judge(density)
+                case tierwire.Belongs(namespace, tenant):
+                    self._tier.belongs(namespace, tenant)
                 case tierwire.Used(names, kinds):
                     self._tier.used(list(zip(tierwire.split(names), kinds, strict=True)))
 
@@ -117,7 +120,11 @@ class Server:
 
     def _gauge_forever(self) -> None:
         while True:
-            self.send(tierwire.Gauge(*self._tier.usage(), dict(self._tier.counters), floor=self._tier.floor))
+            self.send(
+                tierwire.Gauge(
+                    *self._tier.usage(), dict(self._tier.counters), floor=self._tier.floor, held=self._tier.held()
+                )
+            )
             time.sleep(GAUGE_EVERY_S)
 
     def _tell_news(self) -> None:
@@ -141,6 +148,7 @@ def open_tier(settings: dict[str, Any]) -> Tier:
         return NvmeTier(
             Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"],
             settings["ttl_s"], mount_point and Path(mount_point),
+            {tenant: Share(*share) for tenant, share in settings["shares"].items()},
         )  # fmt: skip
     if kind == "shared":
         from kvd.storage.shared import SharedTier

@@ -10,6 +10,7 @@ hangs, or kills who reads it, takes nobody along.
     remove  gone when it returns, also after a crash
     news    names that came or left without the caller's doing: evicted, damaged, stored or removed by another node
     judge, used    hints at what is worth keeping; a tier that has an order of its own ignores them
+    belongs, held  whose pages are whose, for a tier that knows shares
 
 A tier may drop any page at any time (it is a cache) and says so in `news`. It never gives back bytes of another page.
 What the medium does (full, broken, slow, gone) is a `TierError`, or False and None for the pages concerned.
@@ -102,6 +103,14 @@ class Tier(Protocol):
 
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         """Pages were used elsewhere, and are of these kinds now."""
+        ...
+
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        """The pages of this namespace are that tenant's."""
+        ...
+
+    def held(self) -> dict[str, int]:
+        """Bytes of each tenant that has a share here."""
         ...
 
     @property

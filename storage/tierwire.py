@@ -82,7 +82,14 @@ class Remove(Message, tag="remove", frozen=True):
     key: bytes
 
 
-ToTier = Store | Load | Remove | Judge | Used
+class Belongs(Message, tag="belongs", frozen=True):
+    """The pages of this namespace are that tenant's."""
+
+    namespace: bytes
+    tenant: str
+
+
+ToTier = Store | Load | Remove | Judge | Used | Belongs
 
 # -- from the tier -----------------------------------------------------------------------------------------------
 
@@ -103,6 +110,7 @@ class Gauge(Message, tag="gauge", frozen=True):
     counters: dict[str, int]
     trouble: str = ""
     floor: float | None = None
+    held: dict[str, int] = {}  # bytes of each tenant that has a share
 
 
 class Stored(Message, tag="stored", frozen=True):

@@ -16,6 +16,7 @@ from kvd.storage.sketch import MOST, Sketch
 DEPTHS, _NEWS = 5, 4  # how many steps of each a trait tells apart
 TRAITS: Final = DEPTHS * _NEWS * 2
 KINDS: Final = (MOST + 1) * TRAITS
+PINNED: Final = 255  # told to lower tiers instead of a kind: the page stays
 UNKNOWN: Final = 0  # the kind of a page of which nothing is known: a first page, used once
 _LEARN_EVERY = 4096  # uses between two lessons
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from pathlib import Path
 
 import xxhash
 
@@ -35,10 +36,10 @@ class World:
 
     def __init__(
         self, extents: int = 6, entries: int = entries_for(4096), quotas: Quotas | None = None,
-        ttl_s: float | None = None,
+        ttl_s: float | None = None, pins_file: Path | None = None,
     ) -> None:  # fmt: skip
         self.entries = entries
-        self.quotas, self.ttl_s = quotas, ttl_s
+        self.quotas, self.ttl_s, self.pins_file = quotas, ttl_s, pins_file
         self.memory = bytearray(SUPERBLOCK_BYTES + extents * EXTENT)
         self.now = 100.0
         self.sessions_made = 0
@@ -49,7 +50,7 @@ class World:
         self.index_memory = memoryview(bytearray(index_bytes(self.entries)))
         arena = Arena(memoryview(self.memory), EXTENT)
         index = IndexWriter(self.index_memory, self.entries, 1)
-        self.node = Node(arena, index, Sessions(), self.quotas, self.ttl_s)
+        self.node = Node(arena, index, Sessions(), self.quotas, self.ttl_s, self.pins_file)
         self.reader = IndexReader(self.index_memory)
         if arena.recognise():
             arena.format()

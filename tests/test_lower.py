@@ -29,6 +29,7 @@ class DictTier:
         self._owed: list[Callable[[], None]] = []
         self.floor = 0.0
         self.density: Sequence[float] = ()
+        self.tenants: dict[bytes, str] = {}
         self.kinds: dict[Name, int] = {}
 
     def judge(self, density: Sequence[float]) -> None:
@@ -36,6 +37,9 @@ class DictTier:
 
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         self.kinds.update(pages)
+
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        self.tenants[namespace] = tenant
 
     def wants(self, density: float, before: int) -> bool:
         return density >= self.floor

@@ -7,8 +7,9 @@ import pytest
 
 from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.ranking import Ranking
+from kvd.storage.quota import Share
 from kvd.storage.reuse import AGES
-from kvd.storage.worth import KINDS, TRAITS, trait
+from kvd.storage.worth import KINDS, PINNED, TRAITS, trait
 from tests.harness import eventually
 from tests.nvme_folder import LENGTH, MIB, reopened
 from tests.tier_contract import Sample, get, held, put, sample
@@ -109,3 +110,53 @@ def test_the_order_is_density_then_age_then_depth() -> None:
 def test_a_lesson_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="3 densities instead of"):
         Ranking([1.0, 2.0, 3.0])
+
+
+def test_pinned_pages_stay_until_they_are_unpinned(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        kept, told = [of_kind(n, PINNED) for n in range(4)], [of_kind(n, PLAIN) for n in range(20, 24)]
+        put(tier, *kept, *told)
+        tier.used([(what.page.name, PINNED) for what in told])
+        for at in range(100, 300, 4):
+            assert all(put(tier, *[of_kind(n, LOVED) for n in range(at, at + 4)]))
+        assert names(*kept, *told) <= held(tier)
+        tier.used([(what.page.name, PLAIN) for what in kept + told])
+        for at in range(300, 500, 4):
+            put(tier, *[of_kind(n, LOVED) for n in range(at, at + 4)])
+        assert not names(*kept, *told) & held(tier)
+        assert tier.faults() == []
+
+
+def test_a_tier_full_of_pins_refuses_and_goes_on(tmp_path: Path) -> None:
+    with reopened(tmp_path, 2 * MIB) as tier:
+        for at in range(0, 60, 4):
+            put(tier, *[of_kind(n, PINNED) for n in range(at, at + 4)])
+        assert not any(put(tier, *[of_kind(n, LOVED) for n in range(100, 104)]))
+        assert tier.counters["no_room"] > 0
+        assert tier.faults() == []
+
+
+def of_tenant(number: int, namespace: bytes) -> Sample:
+    what = sample(number, LENGTH)
+    return Sample(what.page._replace(namespace=namespace), what.data)
+
+
+def test_tenants_keep_their_reserve_and_lose_above_their_burst(tmp_path: Path) -> None:
+    small, greedy, other = (bytes([n]) * 16 for n in (1, 2, 3))
+    slot = 61440  # of LENGTH bytes
+    shares = {"small": Share(6 * slot), "greedy": Share(0, 8 * slot)}
+    tier = NvmeTier(tmp_path / "tier", 2 * MIB, 1 * MIB, shares=shares)
+    try:
+        tier.belongs(small, "small")
+        tier.belongs(greedy, "greedy")
+        put(tier, *[of_tenant(n, small) for n in range(10)])
+        put(tier, *[of_tenant(n, greedy) for n in range(100, 120)])
+        for at in range(200, 400, 2):
+            assert all(put(tier, *[of_tenant(n, other) for n in range(at, at + 2)]))
+        count = {space: sum(name[:16] == space for name in held(tier)) for space in (small, greedy, other)}
+        assert count[small] == 6
+        assert count[greedy] <= 8
+        assert tier.held() == {"small": 6 * slot, "greedy": count[greedy] * slot}
+        assert tier.faults() == []
+    finally:
+        tier.close()

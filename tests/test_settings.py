@@ -88,7 +88,7 @@ def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     lines = [line for line in lines if " = " in line or line.startswith("[")]
     uncommented = tmp_path / "kvd.toml"
     # without a default, or no setting at all
-    unset = ("path", "mount_point", "uri", "ttl_s", "ram_burst", "nvme_burst", "kvd's settings")
+    unset = ("path", "mount_point", "uri", "ttl_s", "pins_file", "ram_burst", "nvme_burst", "kvd's settings")
     uncommented.write_text("\n".join(line for line in lines if not line.startswith(unset)))
     settings = load_daemon_settings(uncommented, {})
     assert settings.tenants == {"NAME": TenantSettings()}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvd import __version__
-from kvd.ctl import doctor, evict, explain, ls, status, tiers, verify, workers
+from kvd.ctl import doctor, evict, explain, ls, pins, quota, status, tiers, verify, workers
 from kvd.ctl.simulate.command import app as simulation
 
 app = typer.Typer(
@@ -57,4 +57,6 @@ for _name, _module in (
     ("evict", evict),
 ):
     app.command(_name)(_module.command)
+for _name, _command in (("pin", pins.pin), ("unpin", pins.unpin), ("pins", pins.pins), ("quota", quota.command)):
+    app.command(_name)(_command)
 app.add_typer(simulation, name="simulate")

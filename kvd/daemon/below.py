@@ -46,6 +46,7 @@ class Gauge:
     bytes_used: int = 0
     bytes_total: int = 0
     counters: dict[str, int] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # bytes of each tenant that has a share
     floor: float | None = None  # a page of less density is not worth storing; None: it cannot tell
 
 
@@ -63,6 +64,7 @@ class Below:
         self.restarts = 0
         self._last_words = ""
         self._settings = settings
+        self.shares: dict[str, tuple[int, int | None]] = settings.get("shares", {})  # reserve and burst, by tenant
         self._arena_fd = arena_fd
         self._changed = changed  # names came or left
         self._forgotten = forgotten  # all that came before is unknown again
@@ -109,6 +111,10 @@ class Below:
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         """Tell which of its pages were used, and of which kinds they are now."""
         self._send(tierwire.Used(b"".join(name for name, _ in pages), bytes(kind for _, kind in pages)))
+
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        """Tell whose pages these are."""
+        self._send(tierwire.Belongs(namespace, tenant))
 
     def wants(self, density: float, before: int) -> bool:
         """Whether a page is worth storing; `before`: how often it had been used before its last use.
@@ -189,8 +195,8 @@ class Below:
                     ended("")
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
-            case tierwire.Gauge(pages, used, total, counters, trouble, floor):
-                self.gauge = Gauge(pages, used, total, counters, floor)
+            case tierwire.Gauge(pages, used, total, counters, trouble, floor, held):
+                self.gauge = Gauge(pages, used, total, counters, held, floor)
                 self._last_words = trouble
                 if self.trouble and not trouble:
                     log.info("%s: works", self.name)

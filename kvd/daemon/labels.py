@@ -54,6 +54,10 @@ class Labels:
         spec = self._specs.get(digest)
         return spec.tenant if spec is not None else ""
 
+    def tenants(self) -> list[tuple[bytes, str]]:
+        """Namespaces whose workers said whose they are."""
+        return [(digest, spec.tenant) for digest, spec in self._specs.items() if spec.tenant]
+
     def measured(self, digest: bytes, prefill_tokens_per_s: float) -> None:
         """A worker told how fast it computes."""
         if digest in self._specs and prefill_tokens_per_s > 0:

@@ -32,6 +32,7 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
     nvme, shared = settings.nvme, settings.shared
     if nvme.path is not None:
         chosen = nvme.model_dump(mode="json", exclude={"write_delay_s"})
+        chosen["shares"] = {n: (s.nvme_reserve_bytes, s.nvme_burst_bytes) for n, s in settings.tenants.items()}
         found.append(opened(NVME, "nvme", chosen, nvme.write_delay_s))
     if shared.uri is not None:
         chosen = shared.model_dump(mode="json", exclude={"write_delay_s"})

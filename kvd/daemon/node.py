@@ -4,7 +4,8 @@ Each method is one request: it changes memory that the node owns and returns the
 only when every shard of it is committed, and leaves the index before its slots are reused.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from kvd import wire
@@ -13,6 +14,7 @@ from kvd.daemon.gate import decide
 from kvd.daemon.group import Group
 from kvd.daemon.hints import Hints, Listener
 from kvd.daemon.intake import Intake
+from kvd.daemon.pins import Pins
 from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
 from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_ttl
@@ -23,6 +25,8 @@ from kvd.errors import PeerError
 from kvd.index import IndexWriter
 from kvd.storage.arena import Arena, Header
 from kvd.storage.quota import Quotas
+from kvd.storage.tier import Name
+from kvd.storage.worth import UNKNOWN
 
 MAX_NAMESPACES = 256  # of one session
 EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
@@ -37,10 +41,11 @@ class Node:
 
     def __init__(
         self, arena: Arena, index: IndexWriter, sessions: Sessions, quotas: Quotas | None = None,
-        ttl_s: float | None = None,
+        ttl_s: float | None = None, pins_file: Path | None = None,
     ) -> None:  # fmt: skip
-        """`ttl_s`: how long a page stays unused."""
+        """`ttl_s`: how long a page stays unused. `pins_file`: where pins are remembered. Raises SettingsError."""
         stock = Stock(arena, index, sessions, quotas or Quotas())
+        self.pins = Pins(stock, pins_file)
         self.stock = stock
         self.arena = arena
         self.index = index
@@ -67,17 +72,34 @@ class Node:
         self.stock.passes_on = True
         self.promotion.tiers.append(Lower(bit, below))
         self.writebacks.append(WriteBack(self.stock, bit, below, write_delay_s))
-        self.hints.append(Hints(self.stock.worth, bit, below))
+        self.hints.append(Hints(self.stock.worth, bit, below, self.pins.names, self.labels.tenants))
         return self.writebacks[-1]
 
     def _admitted(self, group: Group, now: float) -> None:
+        self.pins.admitted(group)
+        self._to_be_written(group, now)
+
+    def _to_be_written(self, group: Group, now: float) -> None:
         for writeback in self.writebacks:
             writeback.admitted(group, now)
 
     def _used(self, group: Group, kind: int, now: float) -> None:
         for hints in self.hints:
             hints.used(group, kind)
-        self._admitted(group, now)  # what was not worth writing may be now
+        self._to_be_written(group, now)  # what was not worth writing may be now
+
+    def pin(self, chain: Sequence[Group]) -> None:
+        """These pages stay, in RAM and on this node's disk. Raises Refused."""
+        self.pins.pin(chain)
+        for hints in self.hints:
+            hints.pinned(group.namespace + group.key for group in chain)
+
+    def unpin(self, tip: Name, now: float) -> int:
+        """End a pin; how many pages it was the last to keep. Raises Refused."""
+        free = self.pins.unpin(tip, now)
+        for hints in self.hints:
+            hints.unpinned(dict.fromkeys(free, UNKNOWN))
+        return len(free)
 
     # -- registration --------------------------------------------------------------------------------------
 
@@ -92,6 +114,8 @@ class Node:
                 session.namespaces.append(spec)
             if spec.tenant != self.labels.tenant(spec.digest):
                 self.stock.belongs(spec.digest, spec.tenant, now)
+                for hints in self.hints:
+                    hints.belongs(spec.digest, spec.tenant)
             self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids

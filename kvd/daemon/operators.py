@@ -13,8 +13,9 @@ from kvd.daemon.eviction import Selection, evict_part
 from kvd.daemon.gate import WORDS
 from kvd.daemon.group import NO_PARENT, Group
 from kvd.daemon.node import Node
-from kvd.errors import PeerError
+from kvd.errors import PeerError, Refused
 from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
+from kvd.storage.tier import Name
 
 _FIND_AT_ONCE: Final = 16384  # page ids: some 5 ms
 _MOST_FOUND: Final = 64
@@ -36,6 +37,13 @@ def answer(node: Node, lower: Sequence[Below], request: wire.ToDaemon, now: floa
             if request.cursor < 0:
                 raise PeerError("malformed eviction")
             return evict_part(node.stock, node.sessions, Selection.of(request), request.cursor, now)
+        case wire.Pin(namespace, key, keep):
+            return _pin(node, namespace, key, keep, now)
+        case wire.GetPins():
+            rows = [_one_pin(node, *pin) for pin in node.pins.listed()]
+            return wire.Pins(rows, node.pins.bytes_in_ram, node.pins.limit)
+        case wire.GetQuotas():
+            return wire.Quotas(_shares(node, lower))
     raise PeerError(f"{type(request).__name__} is not for operators")
 
 
@@ -71,6 +79,41 @@ def _find(node: Node, request: wire.FindPages) -> wire.PagesFound:
         if group.key.hex().startswith(head):
             found.append(wire.PageName(group.namespace, group.key))
     return wire.PagesFound(found[:_MOST_FOUND], last if last <= node.residency.last_id else -1)
+
+
+def _pin(node: Node, namespace: bytes, key: bytes, keep: bool, now: float) -> wire.Pinned:
+    """Raises Refused."""
+    if not keep:
+        free = node.unpin(namespace + key, now)
+        return wire.Pinned(free, node.pins.bytes_in_ram)
+    chain: list[Group] = []
+    group = node.residency.get(namespace, key)
+    while group is not None:
+        chain.append(group)
+        group = group.parent
+    if not chain or chain[-1].parent_key != NO_PARENT:
+        raise Refused("that prefix is not in memory from its first page on", "send the prompt once, then pin it")
+    node.pin(chain[::-1])
+    return wire.Pinned(len(chain), node.pins.bytes_in_ram)
+
+
+def _one_pin(node: Node, tip: Name, pages: int, in_ram: int) -> wire.OnePin:
+    namespace, key = tip[:NAMESPACE_BYTES], tip[NAMESPACE_BYTES:]
+    spec = node.labels.get(namespace)
+    return wire.OnePin(namespace, key, pages, in_ram, f"{spec.label} {spec.pool}" if spec else "")
+
+
+def _shares(node: Node, lower: Sequence[Below]) -> list[wire.TenantShare]:
+    quotas = node.stock.quotas
+    found = [
+        wire.TenantShare(tenant, "ram", quotas.held(tenant), share.reserve_bytes, share.burst_bytes)
+        for tenant in quotas.tenants()
+        for share in [quotas.share(tenant)]
+    ]
+    for below in lower:
+        for tenant, held in below.gauge.held.items():
+            found.append(wire.TenantShare(tenant, below.name, held, *below.shares[tenant]))
+    return found
 
 
 def _chain(node: Node, namespace: bytes, key: bytes) -> wire.Chain:

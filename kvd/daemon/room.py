@@ -70,7 +70,7 @@ def open_room(settings: DaemonSettings, inherited: dict[str, int]) -> Iterator[R
         arena = Arena(arena_memory.view, settings.arena.extent_bytes)
         index = IndexWriter(memoryview(index_map), entries, epoch)
         shares = {name: Share(s.ram_reserve_bytes, s.ram_burst_bytes) for name, s in settings.tenants.items()}
-        node = Node(arena, index, Sessions(), Quotas(shares), settings.arena.ttl_s)
+        node = Node(arena, index, Sessions(), Quotas(shares), settings.arena.ttl_s, settings.pins_path)
         started = time.monotonic()
         if reason := arena.recognise():
             if reason != "new":

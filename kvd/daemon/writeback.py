@@ -13,7 +13,7 @@ from typing import Protocol
 from kvd.daemon.group import Group
 from kvd.daemon.stock import Stock
 from kvd.storage.tier import Page
-from kvd.storage.worth import TRAITS
+from kvd.storage.worth import PINNED, TRAITS
 
 BATCH_BYTES = 64 << 20
 _FIRST_BYTES = 8 << 20  # of a tier whose speed is unknown
@@ -84,7 +84,7 @@ class WriteBack:
             if group is None or group.below & self._tier or group.leaving or not self._sound(group):
                 continue
             density, kind = self._departures.density(group, now), self._departures.kind(group)
-            if not self._sink.wants(density, kind // TRAITS):
+            if not group.pins and not self._sink.wants(density, kind // TRAITS):
                 self._counters["not_worth_writing"] += 1
                 continue
             batch.append(group)
@@ -127,7 +127,8 @@ class WriteBack:
     def _page(self, group: Group) -> Page:
         spec = self._labels.get(group.namespace)
         checksums = tuple(self._arena.header(slot).checksum for slot in group.slots)
-        tokens, kind = spec.page_tokens if spec else 0, self._departures.kind(group)
+        tokens = spec.page_tokens if spec else 0
+        kind = PINNED if group.pins else self._departures.kind(group)
         return Page(group.namespace, group.key, group.parent_key, group.length, checksums, tokens, kind)
 
     def everything(self, now: float) -> None:

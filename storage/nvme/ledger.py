@@ -10,7 +10,7 @@ looking a page up and pinning its slot is one step, and so is freeing one.
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvd.storage.failpoints import reach
 from kvd.storage.nvme.catalog import Catalog, Record, unpack
@@ -19,14 +19,15 @@ from kvd.storage.nvme.ranking import Ranking
 from kvd.storage.nvme.reopen import take_over
 from kvd.storage.nvme.segments import fits
 from kvd.storage.nvme.slots import Slots
+from kvd.storage.quota import Share
 from kvd.storage.tier import Buffers, Name, Page, TierError
 
 
 class Ledger:
     """The records and the slots of a tier."""
 
-    def __init__(self, catalog: Catalog, segments: int, health: Health) -> None:
-        self.slots = Slots(segments)
+    def __init__(self, catalog: Catalog, segments: int, health: Health, shares: Mapping[str, Share]) -> None:
+        self.slots = Slots(segments, shares)
         self.writing = threading.Lock()
         self.state = threading.Lock()
         self._catalog = catalog

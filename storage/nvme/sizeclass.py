@@ -8,17 +8,21 @@ memchr and ranking is numpy.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvd.storage.nvme.ranking import Kinds, Numbers, Ranking, Times
+from kvd.storage.nvme.shares import Shares
 from kvd.storage.tier import NAME_BYTES
+from kvd.storage.worth import PINNED
 
 POSITION_BITS: Final = 20  # a slot is an int, segment << 20 | position
 FREE, RESERVED, USED, LEAVING, DOOMED = range(5)
 _WARM_MS: Final = 10_000  # an untouched segment cools slowly
+_EARLIER: Final = 1 << 62  # than any order
 _AHEAD: Final = 64  # this part of all is ranked ahead: in small tiers nobody
 
 Names = npt.NDArray[np.void]
@@ -52,16 +56,22 @@ class Segment:
         read = self.readers.count(0) != len(self.readers)
         return read or any(state in self.state for state in (RESERVED, LEAVING, DOOMED))
 
+    def held(self) -> Numbers:
+        """Positions of all pages."""
+        return np.flatnonzero(np.frombuffer(self.state, np.uint8) == USED)
+
     def idle(self) -> Numbers:
-        """Positions of the pages that nobody reads."""
+        """Positions of the pages that nobody reads and nobody has pinned."""
         state, readers = np.frombuffer(self.state, np.uint8), np.frombuffer(self.readers, np.uint8)
-        return np.flatnonzero((state == USED) & (readers == 0))
+        return np.flatnonzero((state == USED) & (readers == 0) & (self.kinds != PINNED))
 
     def warmth(self, ranking: Ranking, now: int) -> Warmth:
         """The density of its slots on average, where a free one has none, and the latest use."""
         if self._warmth is not None and now - self._warmth[0] < _WARM_MS:
             return self._warmth[1]
-        held = np.flatnonzero(np.frombuffer(self.state, np.uint8) == USED)
+        held = self.held()
+        if (self.kinds[held] == PINNED).any():
+            return inf, 0
         density = ranking.density(self.kinds[held], self.used_at[held], now).sum() / max(1, len(self.state))
         found = _warmth(density, int(self.used_at[held].max(initial=0)))
         self._warmth = now, found
@@ -82,16 +92,20 @@ class SizeClass:
     floor: Warmth = (0.0, 0)  # of the page that left last
     _next: deque[tuple[int, int, float]] = field(default_factory=deque)  # ranked slots, when used, their density
 
-    def victims(self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, now: int) -> list[int]:
+    def victims(
+        self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, shares: Shares, now: int
+    ) -> list[int]:
         """Up to `count` pages that leave next, now LEAVING."""
         found: list[int] = []
-        while len(found) < count and (self._next or self._rank(all_segments, count, ranking, now)):
+        while len(found) < count and (self._next or self._rank(all_segments, count, ranking, shares, now)):
             slot, used_at, density = self._next.popleft()
             number, position = slot >> POSITION_BITS, slot & (1 << POSITION_BITS) - 1
             segment = all_segments[number] if number in self.segments else None
             if segment is None or segment.state[position] != USED or segment.readers[position]:
                 continue
-            if segment.used_at[position] == used_at:  # else it was used since it was ranked
+            if segment.kinds[position] == PINNED or segment.used_at[position] != used_at:
+                continue  # it was pinned, or used, since it was ranked
+            if shares.leaves(bytes(segment.names[position]), segment.slot_bytes):
                 segment.state[position] = LEAVING
                 self.floor = _warmth(density, used_at)
                 found.append(slot)
@@ -101,27 +115,35 @@ class SizeClass:
         """What was ranked is not so any more."""
         self._next.clear()
 
-    def _rank(self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, now: int) -> bool:
+    def _rank(
+        self, all_segments: Sequence[Segment | None], count: int, ranking: Ranking, shares: Shares, now: int
+    ) -> bool:
         """Some that leave next, more than are asked for, because looking at all is the dear part; False: none."""
+        if shares.active:
+            shares.count((s.names[s.held()], s.slot_bytes) for s in all_segments if s is not None)
         slots: list[Numbers] = []
-        kinds: list[Kinds] = []
-        times: list[Times] = []
+        orders: list[Numbers] = []
         for number in self.segments:
             segment = all_segments[number]
             assert segment is not None, "a segment of no class"
             idle = segment.idle()
+            order = ranking.order(segment.kinds[idle], segment.used_at[idle], now)
+            if shares.active:
+                first, stay = shares.sorted(segment.names[idle], segment.slot_bytes)
+                order[first] -= _EARLIER
+                idle, order = idle[~stay], order[~stay]
             slots.append(idle | number << POSITION_BITS)
-            kinds.append(segment.kinds[idle])
-            times.append(segment.used_at[idle])
+            orders.append(order)
         if not any(map(len, slots)):
             return False
-        slot, kind, used_at = np.concatenate(slots), np.concatenate(kinds), np.concatenate(times)
-        order = ranking.order(kind, used_at, now)
+        slot, order = np.concatenate(slots), np.concatenate(orders)
         most = min(len(slot), max(count, len(slot) // _AHEAD))
-        first = np.argpartition(order, most - 1)[:most]
-        first = first[np.argsort(order[first])]
-        density = ranking.density(kind[first], used_at[first], now)
-        self._next.extend(zip(slot[first].tolist(), used_at[first].tolist(), density.tolist(), strict=True))
+        least = np.argpartition(order, most - 1)[:most]
+        for one in slot[least[np.argsort(order[least])]].tolist():
+            segment, position = all_segments[one >> POSITION_BITS], one & (1 << POSITION_BITS) - 1
+            assert segment is not None, "a segment of no class"
+            kind, used_at = segment.kinds[position : position + 1], segment.used_at[position : position + 1]
+            self._next.append((one, int(used_at[0]), float(ranking.density(kind, used_at, now)[0])))
         return True
 
 

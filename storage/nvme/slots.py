@@ -10,7 +10,7 @@ whole segment whose slots are on average less dense than the page that would lea
 page of twice the bytes is of a model about twice as large, and saves about twice the computing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Final, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd.storage.nvme.ranking import Kinds, Ranking, Times
+from kvd.storage.nvme.shares import Shares
 from kvd.storage.nvme.sizeclass import (
     DOOMED,
     FREE,
@@ -30,6 +31,7 @@ from kvd.storage.nvme.sizeclass import (
     SizeClass,
     Warmth,
 )
+from kvd.storage.quota import Share
 from kvd.storage.tier import Name
 
 _POSITION: Final = (1 << POSITION_BITS) - 1
@@ -47,7 +49,8 @@ class Left(NamedTuple):
 class Slots:
     """All segments. The caller holds a lock; nothing here waits."""
 
-    def __init__(self, segments: int) -> None:
+    def __init__(self, segments: int, shares: Mapping[str, Share] | None = None) -> None:
+        self.shares = Shares(shares or {})
         self._segments: list[Segment | None] = [None] * segments
         self._classes: dict[int, SizeClass] = {}
         self._ranking = Ranking()
@@ -190,7 +193,7 @@ class Slots:
     def victims(self, slot_bytes: int, count: int) -> list[int]:
         """Up to `count` pages of the class that leave next, now LEAVING."""
         of_class = self._classes.get(slot_bytes)
-        return of_class.victims(self._segments, count, self._ranking, self._now) if of_class else []
+        return of_class.victims(self._segments, count, self._ranking, self.shares, self._now) if of_class else []
 
     def name(self, slot: int) -> Name:
         segment, position = self._of(slot)
@@ -207,6 +210,17 @@ class Slots:
                     segment.state[position] = LEAVING
                 found += [number << POSITION_BITS | position for position in overdue]
         return found
+
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        """The pages of this namespace are that tenant's."""
+        self.shares.belongs(namespace, tenant)
+        for of_class in self._classes.values():
+            of_class.forget()
+
+    def held(self) -> dict[str, int]:
+        """Bytes of each tenant that has a share."""
+        self.shares.count((s.names[s.held()], s.slot_bytes) for s in self._segments if s is not None)
+        return {tenant: self.shares.held[tenant] for tenant in self.shares.of}
 
     def floor(self) -> float:
         """The density of the page that left last, of the class where it is least; 0 while there is room."""

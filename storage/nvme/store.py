@@ -6,7 +6,7 @@ Threads: one put or remove at a time (`ledger.writing`), any number of gets besi
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvd.storage.nvme.catalog import Catalog, unpack
@@ -17,6 +17,7 @@ from kvd.storage.nvme.segments import Segments
 from kvd.storage.nvme.space import Space
 from kvd.storage.nvme.transfers import Transfers
 from kvd.storage.nvme.writing import Writing
+from kvd.storage.quota import Share
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
 
 EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
@@ -28,6 +29,7 @@ class NvmeTier:
     def __init__(
         self, folder: Path, size_bytes: int, segment_bytes: int = 256 << 20, threads: int = 4,
         ttl_s: float | None = None, mount_point: Path | None = None,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:  # fmt: skip
         """Opens or makes the tier in `folder`, of at most `size_bytes`. Raises TierError where it cannot.
 
@@ -51,7 +53,7 @@ class NvmeTier:
             raise
         self._segments = Segments(folder, segment_bytes, self._catalog.uuid)
         self._transfers = Transfers(self._segments, threads)
-        self._ledger = Ledger(self._catalog, self._limit, self._health)
+        self._ledger = Ledger(self._catalog, self._limit, self._health, shares or {})
         self._space = Space(self._segments, self._ledger, self._health)
         self._writing = Writing(self._segments, self._ledger, self._space, self._transfers, self._health)
         try:
@@ -126,6 +128,14 @@ class NvmeTier:
 
     def judge(self, density: Sequence[float]) -> None:
         self._ledger.judge(Ranking(density))
+
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        with self._ledger.state:
+            self._ledger.slots.belongs(namespace, tenant)
+
+    def held(self) -> dict[str, int]:
+        with self._ledger.state:
+            return self._ledger.slots.held()
 
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         with self._health.call():

@@ -119,6 +119,12 @@ class SharedTier:
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         """The same."""
 
+    def belongs(self, namespace: bytes, tenant: str) -> None:
+        """All nodes share one quota."""
+
+    def held(self) -> dict[str, int]:
+        return {}
+
     @property
     def floor(self) -> None:
         return None
