@@ -21,8 +21,8 @@ medians of 8 rounds (virtio disk, Linux 6.18, busy machine), reads with their ch
     read     threads    0.89  0.182           1.14  0.160           1.14  0.172
              io_uring   0.91  0.204           1.16  0.159           1.20  0.155
 
-and the one kept binding that installs from PyPI (liburing 2026.3) takes bytes and bytearrays only, which O_DIRECT cannot
-use and the arena is not, and holds the GIL while it waits.
+and the one kept binding that installs from PyPI (liburing 2026.3) takes bytes and bytearrays only, which O_DIRECT
+cannot use and the arena is not, and holds the GIL while it waits.
 """
 
 import errno
