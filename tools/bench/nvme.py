@@ -28,7 +28,7 @@ import xxhash
 from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.segments import ALIGN
 from kvd.storage.tier import Page
-from tools.bench._disk_peers import PEERS, peer_case
+from tools.bench._disk_peers import PEERS, VALUES, peer_case
 from tools.bench._fio import Fio
 from tools.bench._kvd import scratch
 from tools.bench._peers import Missing
@@ -50,7 +50,7 @@ def main() -> None:
         folder = stack.enter_context(scratch(wanted.rest.dir))
         for name in [KEY] if wanted.quick else SIZES:
             results[name] = _measure(name, folder / name.replace(" ", ""), wanted, table)
-            _add_rows(table, name, results[name], PEERS if name == KEY and not wanted.rest.no_peers else ())
+            _add_rows(table, name, results[name], _peers(wanted) if name == KEY else ())
     one, ours = results[KEY], f"kvd qd{KEY_DEPTH}"
     ratios = {
         f"{what}_vs_{reference.split()[0].replace('-', '_')}": one.ratio(f"{ours} {what}", f"{reference} {what}")
@@ -63,7 +63,7 @@ def main() -> None:
                 f"{peer} writes {unsynced:.2f} GB/s into the kernel's cache, before anything is durable"
             )
     table.notes.append(f"write amplification at {KEY}: {one.median('write_amplification') or 0:.3f}")
-    table.notes.append(f"a full run keeps {_tier_bytes(wanted) // MIB} MiB per case in {wanted.rest.dir}")
+    table.notes.append(f"this run kept {_tier_bytes(wanted) // MIB} MiB per case in {wanted.rest.dir}")
     figures = {f"{size} {name}": round(samples.median(name) or 0, 4)
                for size, samples in results.items() for name in samples.rounds}  # fmt: skip
     figures["write_amplification"] = round(one.median("write_amplification") or 0, 4)
@@ -77,6 +77,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _tier_bytes(wanted: Options) -> int:
     return (768 if wanted.quick else 1536) * MIB
+
+
+def _peers(wanted: Options) -> Sequence[str]:
+    """The file backends take half a minute to import what they need: --quick leaves them out."""
+    return () if wanted.rest.no_peers else VALUES if wanted.quick else PEERS
 
 
 def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
@@ -103,11 +108,11 @@ def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
             if fio is not None:
                 cases.append(_fio_case(depth, fio, page_bytes, pages, segments))
             cases.append(raw.case(depth, pages, segments, ALIGN))
-        if name == KEY and not wanted.rest.no_peers:
-            for kind in PEERS:
+        if name == KEY:
+            for kind in _peers(wanted):
                 held = size // page_bytes
                 try:
-                    cases.append(stack.enter_context(peer_case(kind, folder, page_bytes, held, batch, pages)))
+                    cases.append(stack.enter_context(peer_case(kind, folder, page_bytes, held, batch, batch)))
                 except Missing as why:
                     table.notes.append(f"{kind} is missing: {why}")
         return interleave(cases, wanted.rounds(3, 5))
