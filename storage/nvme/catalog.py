@@ -160,12 +160,8 @@ class Catalog:
         while True:
             with _translated("cannot read the catalog"), self._env.begin(db=self._pages) as reading:
                 cursor = reading.cursor()
-                piece: list[Name] = []
-                if cursor.set_range(after):
-                    for name in cursor.iternext(keys=True, values=False):
-                        piece.append(name)
-                        if len(piece) == PIECE:
-                            break
+                there = cursor.set_range(after)
+                piece: list[Name] = list(islice(cursor.iternext(keys=True, values=False), PIECE)) if there else []
             if not piece:
                 return
             yield piece

@@ -112,6 +112,18 @@ def sglang_environment() -> Path:
     return venv
 
 
+def made_environment(name: str, packages: Sequence[str], what: str) -> Path:
+    """`.venvs/NAME` with these packages; made here when it is not there yet. Raises Missing where that fails."""
+    venv = VENVS / name
+    stamp = venv / ".bench"
+    if not stamp.exists() or stamp.read_text() != repr(tuple(packages)):
+        progress(f"setting up {what} in .venvs/{name}")
+        _run(["python3", "-m", "venv", "--clear", str(venv)])
+        _run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages])
+        stamp.write_text(repr(tuple(packages)))
+    return venv
+
+
 def mooncake_environment() -> tuple[Path, dict[str, str]]:
     """The environment and the variables that its programs need."""
     venv = VENVS / "mooncake"

@@ -2,37 +2,43 @@
 
 Sustained durable writes (batches of 128 MiB, each with barrier and commit, into a full tier, so that every batch also
 evicts) and random cold reads with checksums, O_DIRECT both, in GB/s (1e9 bytes), by page size and by how many reads or
-writes are in flight. fio: libaio, O_DIRECT, same block size and depth, one fsync at the end, on a file beside it.
-Also next to pages as values of LMDB, RocksDB (blob files) and SQLite: synchronous, as many a commit, read cold.
+writes are in flight. With the same depth, into a file beside it of the same size, and out of the tier's own segments
+(for what a read costs depends on where a file lies, and on what a virtual machine's host has cached of it):
 
+    fio  libaio, O_DIRECT, in order and round the file, fdatasync after every 128 MiB; it has as many buffers as are in
+         flight, so they stay in the processor's cache, where pages that come from an arena are not.
+    raw  pwritev and preadv of as many threads, from and to as much memory as the tier's batches take, one fdatasync
+         per batch; no catalog, no checksums, no eviction: what a tier of these calls could reach at best.
+
+Also next to LMDB, RocksDB (blob files), SQLite, SGLang's `file` backend and LMCache's local disk: see _disk_peers.py.
 Write amplification is what /proc/self/io says this process sent to the disk per byte of pages. CPU is of all threads.
 """
 
 import argparse
-import mmap
 import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import xxhash
 
 from kvd.storage.nvme import NvmeTier
+from kvd.storage.nvme.segments import ALIGN
 from kvd.storage.tier import Page
-from tools.bench import _peers
+from tools.bench._disk_peers import PEERS, VALUES, peer_case
 from tools.bench._fio import Fio
 from tools.bench._kvd import scratch
-from tools.bench._peers import Missing, Peer, start_peer
+from tools.bench._peers import Missing
+from tools.bench._raw import RawFile, shared_buffers
 from tools.bench._table import MIB, Options, Run, Samples, Table, finish, interleave, options, progress, spread
 
 BATCH_BYTES = 128 * MIB
 SIZES = {"1 MiB": MIB, "2.6 MiB": 42 * 2 * 64 * 256 * 2, "8 MiB": 8 * MIB}  # 2.6: 64 tokens, 42 layers, 2 heads
 KEY, KEY_DEPTH = "1 MiB", 4  # what the ratios are of; 4 is the tier's default
-PEERS = ("lmdb", "rocksdb", "sqlite")
-PACKAGES = ("lmdb>=1.6", "rocksdict>=0.3.26")
+DEPTHS = (1, 4, 16)
 
 
 def main() -> None:
@@ -44,16 +50,20 @@ def main() -> None:
         folder = stack.enter_context(scratch(wanted.rest.dir))
         for name in [KEY] if wanted.quick else SIZES:
             results[name] = _measure(name, folder / name.replace(" ", ""), wanted, table)
-            _add_rows(table, name, results[name])
-    one, ours, fio = results[KEY], f"kvd qd{KEY_DEPTH}", f"fio qd{KEY_DEPTH}"
+            _add_rows(table, name, results[name], _peers(wanted) if name == KEY else ())
+    one, ours = results[KEY], f"kvd qd{KEY_DEPTH}"
     ratios = {
-        "write_vs_fio": one.ratio(f"{ours} write", f"{fio} write"),
-        "read_vs_fio": one.ratio(f"{ours} read", f"{fio} read"),
-        **{f"{what}_vs_{peer}": one.ratio(f"{ours} {what}", f"{peer} {what}")
-           for peer in PEERS for what in ("write", "read")},
-    }  # fmt: skip
+        f"{what}_vs_{reference.split()[0].replace('-', '_')}": one.ratio(f"{ours} {what}", f"{reference} {what}")
+        for reference in (f"fio qd{KEY_DEPTH}", f"raw qd{KEY_DEPTH}", *PEERS)
+        for what in ("write", "read")
+    }
+    for peer in PEERS:
+        if (unsynced := one.median(f"{peer} unsynced")) is not None:
+            table.notes.append(
+                f"{peer} writes {unsynced:.2f} GB/s into the kernel's cache, before anything is durable"
+            )
     table.notes.append(f"write amplification at {KEY}: {one.median('write_amplification') or 0:.3f}")
-    table.notes.append(f"a full run keeps {_tier_bytes(wanted) // MIB} MiB per case in {wanted.rest.dir}")
+    table.notes.append(f"this run kept {_tier_bytes(wanted) // MIB} MiB per case in {wanted.rest.dir}")
     figures = {f"{size} {name}": round(samples.median(name) or 0, 4)
                for size, samples in results.items() for name in samples.rounds}  # fmt: skip
     figures["write_amplification"] = round(one.median("write_amplification") or 0, 4)
@@ -62,18 +72,23 @@ def main() -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="a folder on the disk in question")
-    parser.add_argument("--no-peers", action="store_true", help="only kvd and fio")
+    parser.add_argument("--no-peers", action="store_true", help="only kvd, fio and raw")
 
 
 def _tier_bytes(wanted: Options) -> int:
     return (768 if wanted.quick else 1536) * MIB
 
 
+def _peers(wanted: Options) -> Sequence[str]:
+    """The file backends take half a minute to import what they need: --quick leaves them out."""
+    return () if wanted.rest.no_peers else VALUES if wanted.quick else PEERS
+
+
 def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
     page_bytes, size = SIZES[name], _tier_bytes(wanted)
     batch = BATCH_BYTES // page_bytes
-    pages = (2 if wanted.quick else 4) * batch
-    depths = (1, KEY_DEPTH) if wanted.quick else (1, 2, 4, 8, 16)
+    pages = 2 * batch
+    depths = (1, KEY_DEPTH) if wanted.quick else DEPTHS
     progress(f"{name}: {pages} pages a round, {len(depths)} depths")
     folder.mkdir()
     with ExitStack() as stack:
@@ -84,21 +99,23 @@ def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
         except Missing as why:
             fio = None
             table.notes.append(f"fio is missing: {why}")
+        raw = stack.enter_context(RawFile(folder / "raw.bin", size, page_bytes, BATCH_BYTES))
         for depth in depths:
             tier = NvmeTier(folder / f"tier{depth}", size, threads=depth)
             stack.callback(tier.close)
             cases.append(_tier_case(depth, tier, page_bytes, pages))
+            segments = sorted((folder / f"tier{depth}").glob("segment-*"))
             if fio is not None:
-                cases.append(_fio_case(depth, fio, page_bytes, pages))
-        if name == KEY and not wanted.rest.no_peers:
-            for kind in PEERS:
+                cases.append(_fio_case(depth, fio, page_bytes, pages, segments))
+            cases.append(raw.case(depth, pages, segments, ALIGN))
+        if name == KEY:
+            for kind in _peers(wanted):
+                held = size // page_bytes
                 try:
-                    peer = stack.enter_context(_start(kind, folder, page_bytes, size // page_bytes, batch))
+                    cases.append(stack.enter_context(peer_case(kind, folder, page_bytes, held, batch, batch)))
                 except Missing as why:
                     table.notes.append(f"{kind} is missing: {why}")
-                    continue
-                cases.append(_peer_case(kind, peer, page_bytes, pages))
-        return interleave(cases, wanted.rounds(3, 9))
+        return interleave(cases, wanted.rounds(3, 5))
 
 
 class Pages:
@@ -106,8 +123,7 @@ class Pages:
 
     def __init__(self, page_bytes: int) -> None:
         slot, self.count = -(-page_bytes // 4096) * 4096, BATCH_BYTES // page_bytes
-        self._memory = memoryview(mmap.mmap(-1, 2 * self.count * slot))
-        buffers = [self._memory[n * slot : (n + 1) * slot] for n in range(2 * self.count)]
+        buffers = shared_buffers(2 * self.count, slot)
         self.sources, self.targets = buffers[: self.count], buffers[self.count :]
         rng = random.Random(page_bytes)
         for buffer in (*self.sources, *self.targets):
@@ -136,17 +152,18 @@ def _tier_case(depth: int, tier: NvmeTier, page_bytes: int, pages: int) -> Run:
     stock.forget(left)
 
     def case(_: int) -> Mapping[str, float]:
+        batches = [stock.batch() for _ in range(0, pages, stock.count)]
         sent, cpu, started = _bytes_sent(), time.process_time(), time.perf_counter()
-        for _ in range(0, pages, stock.count):
-            assert all(tier.put(stock.batch()))
+        for batch in batches:
+            assert all(tier.put(batch))
         write_s, write_cpu = time.perf_counter() - started, time.process_time() - cpu
         sent = _bytes_sent() - sent
         stock.forget(tier.news().left)
         asked = random.sample(stock.stored, pages)
-        batches = [asked[at : at + stock.count] for at in range(0, pages, stock.count)]
+        wanted = [asked[at : at + stock.count] for at in range(0, pages, stock.count)]
         cpu, started = time.process_time(), time.perf_counter()
-        for batch in batches:
-            found = tier.get([(name, [target]) for name, target in zip(batch, stock.targets, strict=True)])
+        for names in wanted:
+            found = tier.get([(name, [target]) for name, target in zip(names, stock.targets, strict=True)])
             assert all(found), tier.counters
         read_s, read_cpu = time.perf_counter() - started, time.process_time() - cpu
         figures = {
@@ -163,47 +180,24 @@ def _bytes_sent() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("write_bytes")))
 
 
-def _fio_case(depth: int, fio: Fio, page_bytes: int, pages: int) -> Run:
+def _fio_case(depth: int, fio: Fio, page_bytes: int, pages: int, segments: Sequence[Path]) -> Run:
+    total = pages * page_bytes
+
     def case(_: int) -> Mapping[str, float]:
-        figures: dict[str, float] = {}
-        for what, job in (("write", "write"), ("read", "randread")):
-            result = fio.run(job, page_bytes, depth, pages * page_bytes)
-            figures[f"fio qd{depth} {what}"] = result.bytes_per_s / 1e9
-            figures[f"fio qd{depth} {what} cpu"] = result.cpu_s / (pages * page_bytes / 1e9)
-        return figures
+        wrote = fio.write(page_bytes, depth, total, BATCH_BYTES)
+        read = fio.read(page_bytes, depth, total, segments, ALIGN)
+        return {
+            f"fio qd{depth} write": wrote.bytes_per_s / 1e9, f"fio qd{depth} read": read.bytes_per_s / 1e9,
+            f"fio qd{depth} write cpu": wrote.cpu_s / total * 1e9, f"fio qd{depth} read cpu": read.cpu_s / total * 1e9,
+        }  # fmt: skip
 
     return case
 
 
-def _start(kind: str, folder: Path, page_bytes: int, pages: int, batch: int) -> AbstractContextManager[Peer]:
-    venv = _peers.VENVS / "values"
-    stamp = venv / ".bench"
-    if not stamp.exists() or stamp.read_text() != repr(PACKAGES):
-        progress("setting up LMDB and RocksDB in .venvs/values (a minute, once)")
-        _peers._run(["python3", "-m", "venv", "--clear", str(venv)])
-        _peers._run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *PACKAGES])
-        stamp.write_text(repr(PACKAGES))
-    arguments = [kind, str(folder / kind), str(page_bytes), str(pages), str(batch)]
-    return start_peer(kind, venv, "_peer_values.py", arguments, folder)
-
-
-def _peer_case(kind: str, peer: Peer, page_bytes: int, pages: int) -> Run:
-    total = pages * page_bytes / 1e9
-
-    def case(_: int) -> Mapping[str, float]:
-        try:
-            return {f"{kind} {what}": total / peer.ask(do=what, pages=pages)["s"] for what in ("write", "read")}
-        except Missing as why:
-            progress(str(why))
-            return {}
-
-    return case
-
-
-def _add_rows(table: Table, size: str, samples: Samples) -> None:
+def _add_rows(table: Table, size: str, samples: Samples, peers: Sequence[str]) -> None:
     names = [name.removesuffix(" write") for name in samples.rounds if name.endswith(" write")]
-    for name in [*names, *(peer for peer in PEERS if size == KEY and peer not in names)]:
-        depth = name.split()[-1]
+    for name in [*names, *(peer for peer in peers if peer not in names)]:
+        depth = name.split()[-1] if " " in name else f"qd{KEY_DEPTH}"
         ratios = [samples.ratio(f"{name} {what}", f"fio {depth} {what}") for what in ("write", "read")]
         cpu = [samples.median(f"{name} {what} cpu") for what in ("write", "read")]
         cells = [spread(samples.rounds.get(f"{name} {what}")) for what in ("write", "read")]
