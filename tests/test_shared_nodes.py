@@ -1,13 +1,13 @@
 """Nodes of a shared tier as processes that are killed: whole files only, nothing wrong, nothing acknowledged lost."""
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.failpoint_names import failpoint_names
+from tests.harness import eventually
 from tests.shared_lives import NodeProcess, check, killed_at_random, said
 
 
@@ -40,16 +40,20 @@ def test_a_node_killed_at_a_step_leaves_whole_files_only(tmp_path: Path, step: s
 
 
 def test_what_a_reader_holds_is_not_deleted_under_it(tmp_path: Path) -> None:
-    """Writers that merge all the time, and are killed; a reader that looks for news within the grace period."""
-    reader = NodeProcess(str(tmp_path), "reader", 1, grace_s=3)
-    writers = [NodeProcess(str(tmp_path), name, name, grace_s=3) for name in "ab"]
-    lives = [reader, *writers]
+    """Writers that merge all the time, one of them killed; a reader that looks for news within the grace period."""
+    reader, other = (NodeProcess(str(tmp_path), name, name, grace_s=3) for name in ("reader", "other"))
+    lives, seen = [reader, other], set[Path]()
+
+    def deleted() -> int:
+        there = set(tmp_path.glob("*/*.pages.arrow"))
+        seen.update(there)
+        return len(seen - there)
+
     try:
-        for round_ in range(4):
-            time.sleep(2)  # merges go on, and after three seconds deletions
-            writers[0].kill()
-            writers[0] = NodeProcess(str(tmp_path), "a", round_, grace_s=3)
-            lives.append(writers[0])
+        for files_deleted in (20, 60):
+            lives.append(NodeProcess(str(tmp_path), "killed", files_deleted, grace_s=3))
+            eventually(lambda least=files_deleted: deleted() >= least, 60, "merged files were deleted")
+            lives[-1].kill()
     finally:
         for life in lives:
             life.kill()
