@@ -52,7 +52,7 @@ class Device:
             raise
 
     def format(self) -> None:
-        run("mkfs.ext4", "-q", "-F", self.path)
+        run("mkfs.ext4", "-q", "-F", "-m", 0, self.path)  # nothing is kept back for root
 
     def mount(self) -> None:
         run("mount", self.path, self.mount_point)

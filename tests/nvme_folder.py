@@ -1,6 +1,5 @@
 """Folders of NVMe tiers for tests: opened with their invariants checked, filled, looked into from outside."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +62,3 @@ def catalog(folder: Path, write: bool = False) -> Iterator[tuple[lmdb.Transactio
             yield transaction, pages, meta
     finally:
         env.close()
-
-
-def failpoint_names() -> list[str]:
-    """All of this tier's, from the sources."""
-    sources = [path.read_text() for path in (Path(__file__).parents[1] / "storage" / "nvme").glob("*.py")]
-    return sorted({name for source in sources for name in re.findall(r'\breach\("([^"]+)"\)', source)})

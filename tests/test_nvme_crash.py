@@ -23,7 +23,7 @@ from kvd.storage import failpoints
 from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.catalog import Record
 from kvd.storage.tier import Name
-from tests.nvme_folder import failpoint_names
+from tests.failpoint_names import failpoint_names
 from tests.tier_samples import Sample, get, held, put, sample
 
 MIB = 1 << 20
@@ -138,7 +138,7 @@ def kill_at(folder: Path, name: str, nth: int, seed: int, before: set[int]) -> t
 DROPS = "nvme.open.before_drop"  # reached only where records are void
 
 
-@pytest.mark.parametrize("name", [name for name in failpoint_names() if name != DROPS])
+@pytest.mark.parametrize("name", [name for name in failpoint_names("nvme") if name != DROPS])
 def test_killed_at_this_step_nothing_acknowledged_is_lost(tmp_path: Path, name: str) -> None:
     """The first time, in a fresh folder; then the second time, in what that left."""
     end, there = kill_at(tmp_path, name, 1, 1, set())
@@ -160,7 +160,7 @@ def test_killed_while_void_records_are_dropped_the_rest_is_there(tmp_path: Path)
 def test_killed_at_random_steps_for_a_long_time(tmp_path: Path) -> None:
     rng, there, killed = random.Random(7), set[int](), 0
     for seed in range(240):
-        name = rng.choice([n for n in failpoint_names() if "create" not in n])
+        name = rng.choice([n for n in failpoint_names("nvme") if "create" not in n])
         end, there = kill_at(tmp_path, name, rng.randrange(1, 25), seed, there)
         killed += end.status != 0
     assert killed > 100

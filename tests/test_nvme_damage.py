@@ -14,13 +14,13 @@ from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.catalog import HEAD_BYTES, Catalog, Record
 from kvd.storage.nvme.health import STRIKES
 from kvd.storage.tier import Page, TierError
+from tests.failpoint_names import failpoint_names
 from tests.nvme_folder import (
     LENGTH,
     MIB,
     SEGMENT,
     absent_or_right,
     catalog,
-    failpoint_names,
     fill,
     opened,
     reopened,
@@ -226,7 +226,7 @@ def test_a_disk_that_keeps_failing_takes_the_tier_down_until_it_works(tmp_path: 
 @pytest.mark.parametrize("fault", ["eio", "enospc"])
 def test_no_step_that_fails_raises_what_is_no_tier_error_or_loses_a_page(tmp_path: Path, fault: str) -> None:
     """The first time of each step fails, in a tier that evicts and removes; then it is opened again."""
-    for name in failpoint_names():
+    for name in failpoint_names("nvme"):
         folder = tmp_path / name
         stored: set[Sample] = set()
         failpoints.arm(f"{name}:1:{fault}")

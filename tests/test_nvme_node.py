@@ -237,6 +237,8 @@ def test_bits_that_flipped_on_disk_are_misses(daemon: Daemon, worker: PluginProc
     answers = worker.do("take", keys=keys)
     assert set(answers) <= {"right", "miss"}
     eventually(lambda: worker.do("exists", keys=keys) < 60, 5, "what is damaged is known to be absent")
+    eventually(lambda: of(doctor(daemon)[1], "nvme")[0]["level"] == "yellow", 10, "the doctor says so")
+    assert "damaged pages" in of(doctor(daemon)[1], "nvme")[0]["message"]
     worker.do("put", keys=keys)
     assert worker.do("take", keys=keys) == ["right"] * 60
     assert daemon.faults() == []

@@ -1,90 +1,50 @@
-"""The shared tier in a bucket: moto's server on the loopback interface, spoken to as to any S3."""
+"""The shared tier in a bucket, on a server with all of S3's promises and on one that ignores preconditions."""
 
-import socket
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
-import xxhash
-from pyarrow import fs
+from botocore.exceptions import ClientError
 
+from kvd.storage import failpoints
 from kvd.storage.shared import SharedTier
+from kvd.storage.shared.sharedtier import open_depot
 from kvd.storage.tier import TierError
-from tests.harness import eventually
+from tests.failpoint_names import failpoint_names
+from tests.s3_server import SERVERS, Place, Server, free_port, s3_server
 from tests.tier_samples import get, held, put, sample
 
-SERVER = Path(sys.executable).with_name("moto_server")
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """host:port"""
-    if not SERVER.exists():
-        pytest.skip("moto is not installed: pip install 'moto[server]'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [SERVER, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        eventually(lambda: _listens(port), 60, "moto listens")
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.fixture(scope="module")
-def client(server: str) -> fs.S3FileSystem:
-    """It keeps descriptors, so there is one for all tests, and it is used before the first."""
-    keys = {"access_key": "key", "secret_key": "secret", "region": "us-east-1"}
-    s3 = fs.S3FileSystem(endpoint_override=server, scheme="http", allow_bucket_creation=True, **keys)
-    s3.create_dir("kvd-warm")
-    with s3.open_output_stream("kvd-warm/up") as stream:
-        stream.write(b"up")
-    return s3
-
-
-@pytest.fixture
-def bucket(client: fs.S3FileSystem, server: str, request: pytest.FixtureRequest) -> tuple[fs.S3FileSystem, str]:
-    """The client, and the URI of a place in a bucket of this test's own."""
-    name = f"kvd-{xxhash.xxh3_64_hexdigest(request.node.name.encode())}"
-    client.create_dir(name)
-    return client, f"s3://key:secret@{name}/kv?endpoint_override={server}&scheme=http&region=us-east-1"
-
-
 Node = Callable[..., SharedTier]
 
 
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with s3_server(request.param, tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
 @pytest.fixture
-def node(bucket: tuple[Any, str]) -> Iterator[Node]:
+def bucket(server: Server, request: pytest.FixtureRequest) -> Place:
+    return server.make_bucket(request.node.name)
+
+
+@pytest.fixture
+def node(bucket: Place) -> Iterator[Node]:
     opened: list[SharedTier] = []
 
     def start(name: str, **settings: Any) -> SharedTier:
         given = {"quota_bytes": 24 * MIB, "file_bytes": 4 * MIB, "poll_s": 0, "grace_s": 0} | settings
-        opened.append(SharedTier(bucket[1], name, **given))
+        opened.append(SharedTier(bucket.uri, name, **given))
         return opened[-1]
 
     yield start
     for tier in opened:
         assert not tier.check()
         tier.close()
-
-
-def objects(bucket: tuple[fs.S3FileSystem, str]) -> list[fs.FileInfo]:
-    root = bucket[1].split("@")[1].split("?")[0]
-    found = bucket[0].get_file_info(fs.FileSelector(root, recursive=True))
-    return [info for info in found if info.type == fs.FileType.File]
 
 
 def test_what_one_node_stores_another_reads(node: Node) -> None:
@@ -98,7 +58,7 @@ def test_what_one_node_stores_another_reads(node: Node) -> None:
     assert held(node("c")) == {s.page.name for s in samples} - {samples[2].page.name}
 
 
-def test_small_objects_are_merged_and_old_ones_deleted(node: Node, bucket: tuple[Any, str]) -> None:
+def test_small_objects_are_merged_and_old_ones_deleted(node: Node, bucket: Place) -> None:
     one, two = node("a"), node("b")
     samples = [sample(n, 50_000) for n in range(9)]
     for what in samples:
@@ -106,7 +66,7 @@ def test_small_objects_are_merged_and_old_ones_deleted(node: Node, bucket: tuple
     two.news()
     for _ in range(2):
         assert one.news() == ([], [])
-    assert len(objects(bucket)) == 1
+    assert len(bucket.objects()) == 1
     assert one.counters["merged files"] == 9
     assert get(two, *samples) == [None] * 9, "it has not heard of the new one"
     two.news()
@@ -120,41 +80,116 @@ def test_more_than_one_upload_part(node: Node) -> None:
     assert get(node("b", quota_bytes=64 * MIB), *samples) == samples
 
 
-def test_a_quota_holds_for_all_nodes_together(node: Node, bucket: tuple[Any, str]) -> None:
+def test_a_quota_holds_for_all_nodes_together(node: Node, bucket: Place) -> None:
     one, two = node("a", quota_bytes=2 * MIB), node("b", quota_bytes=2 * MIB)
     for n in range(6):
         tier = (one, two)[n % 2]
         tier.news()
         assert put(tier, sample(n, 500_000)) == [True]
-    assert sum(info.size for info in objects(bucket)) <= 2 * MIB
+    assert sum(bucket.objects().values()) <= 2 * MIB
     assert get(two, sample(0, 500_000), sample(5, 500_000)) == [None, sample(5, 500_000)]
 
 
-def test_an_object_that_vanishes_or_is_cut_is_a_miss(node: Node, bucket: tuple[fs.S3FileSystem, str]) -> None:
+def test_an_object_that_vanishes_or_is_cut_is_a_miss(node: Node, bucket: Place) -> None:
     tier = node("a", poll_s=99)
     for n in range(3):
         put(tier, sample(n))
     assert get(tier, sample(0)) == [sample(0)]
-    first, second, _ = sorted(info.path for info in objects(bucket))
-    bucket[0].delete_file(first)
-    with bucket[0].open_input_file(second) as stream:
-        data = stream.read()
-    with bucket[0].open_output_stream(second) as stream:
-        stream.write(data[:5000])
+    first, second, _ = sorted(bucket.objects())
+    bucket.delete(first)
+    bucket.write(second, bucket.read(second)[:5000])
     assert get(tier, sample(0), sample(1), sample(2)) == [None, None, sample(2)]
     assert set(tier.news().left) == {sample(0).page.name, sample(1).page.name}
     assert node("b").counters["truncated"] == 1
 
 
-def test_a_server_that_is_gone_is_a_tier_error(server: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nobody = probe.getsockname()[1]
-    uri = f"s3://key:secret@nowhere/kv?endpoint_override=127.0.0.1:{nobody}&scheme=http&region=us-east-1"
+def test_one_of_the_servers_ignores_preconditions(server: Server, bucket: Place, request: Any) -> None:
+    """What the next two tests stand on."""
+    bucket.write("kv/once", b"first")
+    refused = []
+    for condition in ({"IfNoneMatch": "*"}, {"IfMatch": '"0123"'}):
+        try:
+            bucket.write("kv/once", b"second", **condition)
+        except ClientError:
+            refused.append(condition)
+    assert len(refused) == (2 if "moto" in request.node.name else 0)
+
+
+def test_two_writers_of_one_name_leave_one_of_the_two(bucket: Place) -> None:
+    """Names are never used twice; were one, a reader would get the one file or the other, whole."""
+    versions = [bytes([number]) * (6 * MIB + number) for number in (1, 2)]
+    over = threading.Event()
+
+    def write(data: bytes) -> None:
+        depot = open_depot(bucket.uri)
+        for _ in range(4):
+            depot.publish("a/same.pages.arrow", [memoryview(data)], len(data), direct=False)
+        depot.close()
+
+    def read() -> int:
+        seen = 0
+        while not over.is_set():
+            if "kv/a/same.pages.arrow" in bucket.objects():
+                assert bucket.read("kv/a/same.pages.arrow") in versions
+                seen += 1
+        return seen
+
+    with ThreadPoolExecutor(3) as pool:
+        reader = pool.submit(read)
+        writers = [pool.submit(write, version) for version in versions]
+        try:
+            for writer in writers:
+                writer.result()
+        finally:
+            over.set()
+        assert reader.result()
+    assert bucket.read("kv/a/same.pages.arrow") in versions
+
+
+def test_two_daemons_of_one_name_do_no_harm(node: Node) -> None:
+    twins = node("a"), node("a")
+    samples = [sample(n) for n in range(32)]
+
+    def work(which: int) -> None:
+        for what in samples[which::2]:
+            assert put(twins[which], what) == [True]
+            twins[which].news()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (0, 1)))
+    for tier in twins:
+        tier.news()
+        assert get(tier, *samples) == samples
+    assert get(node("late"), *samples) == samples
+
+
+@pytest.mark.parametrize("step", failpoint_names("shared", "bucket."))
+def test_an_error_in_any_step_is_a_tier_error_or_a_miss(node: Node, bucket: Place, step: str) -> None:
+    tier = node("a")
+    samples = [sample(n) for n in range(8)]
+    for what in samples:
+        put(tier, what)
+    failpoints.arm(f"{step}:1+:eio")
+    try:
+        for attempt in (lambda: put(tier, sample(99)), lambda: tier.remove([samples[0].page.name]), tier.news):
+            with suppress(TierError):
+                attempt()
+        assert set(get(tier, *samples)) <= {None, *samples}
+    finally:
+        failpoints.arm("")
+    tier.news()
+    assert get(tier, *samples[1:]) == samples[1:], "trouble that passes loses nothing"
+    assert put(tier, sample(99)) == [True]
+    late = node("late")
+    assert get(late, *samples[1:]) == samples[1:]
+    assert not {"truncated", "damaged", "foreign"} & set(late.counters), "no half of an object was left"
+
+
+def test_a_server_that_is_gone_is_a_tier_error(server: Server) -> None:
+    gone = server._replace(address=f"127.0.0.1:{free_port()}")
     with pytest.raises(TierError):
-        SharedTier(uri, "a", MIB)
-    missing = f"s3://key:secret@no-such-bucket/kv?endpoint_override={server}&scheme=http&region=us-east-1"
-    tier = SharedTier(missing, "a", MIB)  # to S3, a prefix without objects
+        SharedTier(gone.uri("nowhere/kv"), "a", MIB)
+    tier = SharedTier(server.uri("no-such-bucket/kv"), "a", MIB)  # to S3, a prefix without objects
     with pytest.raises(TierError):
         put(tier, sample(1))
     tier.close()

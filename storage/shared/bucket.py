@@ -8,12 +8,13 @@ invisible; a lifecycle rule of the bucket removes it. Objects never change, so o
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import fs
 
+from kvd.storage.failpoints import reach
 from kvd.storage.shared.depot import Entry, Piece, ShortRead
 
 _HANDLES: Final = 64
@@ -33,6 +34,7 @@ class Bucket:
         self._handles: OrderedDict[str, Any] = OrderedDict()  # the oldest use first
 
     def entries(self) -> list[Entry]:
+        reach("bucket.list")
         with _as_os_errors():
             found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
         skip = len(self._root) + 1
@@ -42,11 +44,26 @@ class Bucket:
         with _as_os_errors():
             if not isinstance(self._fs, fs.S3FileSystem):  # which knows no folders
                 self._fs.create_dir(self._at(path).rpartition("/")[0], recursive=True)
-            with self._fs.open_output_stream(self._at(path)) as stream:
+            stream = self._fs.open_output_stream(self._at(path))
+            try:
+                reach("bucket.write")
                 for chunk in _chunks(parts, size):
                     stream.write(chunk)
+                    reach("bucket.written")
+            except BaseException:
+                self._give_up(path, stream)
+                raise
+            stream.close()
+        reach("bucket.published")
+
+    def _give_up(self, path: str, stream: Any) -> None:
+        """pyarrow cannot abandon an upload: what was written so far appears when the stream is closed."""
+        with suppress(OSError, pa.ArrowException):
+            stream.close()
+            self._fs.delete_file(self._at(path))
 
     def read(self, path: str, pieces: Sequence[Piece]) -> None:
+        reach("bucket.read")
         for group in _neighbours(pieces):
             start = group[0].offset
             found = memoryview(self.read_bytes(path, start, _end(group[-1]) - start))
@@ -73,6 +90,7 @@ class Bucket:
             return bool(self._fs.get_file_info(self._at(path)).type == fs.FileType.File)
 
     def delete(self, path: str) -> None:
+        reach("bucket.delete")
         with self._lock:
             self._handles.pop(path, None)
         try:

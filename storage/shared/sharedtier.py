@@ -8,6 +8,7 @@ reads just the pages asked for. Nodes share nothing but the files, which docs/sh
 The quota is for all nodes together: give them the same. The oldest files go first, whoever wrote them.
 """
 
+import os
 import re
 import threading
 import time
@@ -167,6 +168,8 @@ class SharedTier:
 
 def open_depot(uri: str) -> Depot:
     """Raises SettingsError for what pyarrow does not understand."""
+    # By default pyarrow's S3 client adds checksums in a form that many servers refuse; our files have their own.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     try:
         filesystem, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -17,6 +17,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     ("SIGKILL", "look at dmesg: memory may have been short; kvd starts it again by itself"),
     ("process ended", "look for its last lines in `journalctl -u kvd`; kvd starts it again by itself"),
+    ("No space left", "make room on its disk; kvd tries again by itself and serves from RAM meanwhile"),
+    ("quota exceeded", "make room for kvd on its disk; kvd tries again by itself and serves from RAM meanwhile"),
     ("ermission", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
     ("ead-only", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
 )
@@ -33,10 +35,12 @@ def _tier(tier: wire.TierStatus) -> Finding:
         level: Level = "yellow" if tier.trouble == "opening" else "red"
         remedy = next((remedy for part, remedy in _REMEDIES if part in tier.trouble), _ELSE)
         return Finding(tier.name, level, f"it does not work: {printable(tier.trouble)}", remedy)
-    damaged = sum(count for name, count in tier.counters.items() if name.startswith("corrupt"))
-    if damaged:
+    if damaged := tier.counters.get("damaged", 0):
         message = f"{damaged} damaged pages were found and dropped since it was opened"
         return Finding(tier.name, "yellow", message, "if the count grows the disk is failing: look at its SMART data")
+    if tier.counters.get("disk_full", 0):
+        message = f"its disk had no room for more than {size(tier.bytes_total)}; older pages leave for new ones"
+        return Finding(tier.name, "yellow", message, "make room on the disk, or lower the tier's size_bytes")
     waiting = tier.counters.get("waiting_to_be_written", 0)
     full = f"{size(tier.bytes_used)} of {size(tier.bytes_total)} ({percent(tier.bytes_used, tier.bytes_total)})"
     if waiting > _BEHIND:

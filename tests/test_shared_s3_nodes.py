@@ -1,0 +1,104 @@
+"""Nodes of a shared tier in a bucket, killed: processes of the tier alone, and whole daemons."""
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvd import wire
+from tests.failpoint_names import failpoint_names
+from tests.harness import MIB, Daemon, PluginProcess, eventually, span
+from tests.s3_server import SERVERS, Place, Server, s3_server
+from tests.shared_lives import NodeProcess, check, killed_at_random
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with s3_server(request.param, tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(server: Server, request: pytest.FixtureRequest) -> Place:
+    return server.make_bucket(request.node.name)
+
+
+def files(bucket: Place) -> Iterator[bytes]:
+    return (bucket.read(key) for key in bucket.objects() if key.endswith(".pages.arrow"))
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_nodes_killed_at_any_time_lose_nothing_acknowledged(bucket: Place, nodes: int) -> None:
+    check(bucket.uri, killed_at_random(bucket.uri, nodes, 6, nodes), files(bucket))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_nodes_killed_for_a_long_time_lose_nothing_acknowledged(bucket: Place, nodes: int) -> None:
+    check(bucket.uri, killed_at_random(bucket.uri, nodes, 60, 10 + nodes), files(bucket))
+
+
+@pytest.mark.parametrize("step", failpoint_names("shared", "bucket."))
+def test_a_node_killed_at_a_step_leaves_whole_objects_only(bucket: Place, step: str) -> None:
+    """The ninth object is a merge's."""
+    life = NodeProcess(bucket.uri, "a", 1, turns=60, failpoint=f"{step}:9:kill")
+    assert life.end() == -signal.SIGKILL, "the step was reached"
+    again = NodeProcess(bucket.uri, "a", 2, turns=3)
+    assert again.end() == 0
+    check(bucket.uri, [life, again], files(bucket))
+
+
+def shared(daemon: Daemon) -> wire.TierStatus:
+    return daemon.status().tiers[1]
+
+
+def works(daemon: Daemon) -> None:
+    eventually(lambda: not shared(daemon).trouble, 30, "the shared tier works")
+
+
+def read(worker: PluginProcess, conversation: int) -> set[str]:
+    worker.do("exists", keys=span(100, conversation))
+    return set(worker.do("take", keys=span(100, conversation)))
+
+
+def test_of_two_daemons_one_is_killed_while_it_stores(bucket: Place, tmp_path: Path) -> None:
+    """What kvd said was in the bucket is there for the other, whatever of it was killed."""
+    rng = random.Random(3)
+    settings = {"shared__uri": bucket.uri, "shared__poll_s": 0.2, "shared__write_delay_s": 0.0}
+    settings["shared__quota_bytes"] = 512 * MIB
+    with (
+        Daemon(tmp_path / "first", 16, 4, **settings, shared__node="first") as first,
+        Daemon(tmp_path / "second", 16, 4, **settings, shared__node="second") as second,
+    ):
+        works(second)
+        for round_ in range(2):
+            works(first)
+            before = shared(first).pages
+            with PluginProcess(first.socket) as here:
+                assert here.do("wait")
+                here.do("put", keys=span(100, round_))
+                eventually(lambda least=before: shared(first).pages > least, 30, "its first pages are stored")
+                here.do("put", keys=span(100, 10 + round_))
+                time.sleep(rng.random() * 0.3)  # at any time
+                stored = shared(first).pages
+                if round_ % 2:
+                    (tier,) = psutil.Process(first.status().pid).children()
+                    tier.kill()
+                    eventually(lambda: shared(first).counters["restarts"] == 1, 10)
+                first.kill()
+            first.arena_path.unlink()
+            first.start()
+            eventually(lambda least=stored: shared(second).pages >= least, 30, "what was acknowledged")
+            with PluginProcess(second.socket) as there:
+                assert there.do("wait")
+                seen: set[str] = set()
+                for conversation in (round_, 10 + round_):
+                    seen |= read(there, conversation)
+                eventually(lambda there=there, n=round_: "right" in read(there, n), 30, "its bytes come too")
+                assert seen <= {"right", "miss"}
+        assert first.faults() == second.faults() == []
