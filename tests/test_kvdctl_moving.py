@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,23 @@ def test_all_shards_of_a_page_travel(here: Daemon, there: Daemon, tmp_path: Path
             assert rank.do("wait")
             assert rank.do("take", keys=span(40)) == ["right"] * 40
     assert here.faults() == []
+
+
+def test_a_side_pools_pages_come_along(here: Daemon, there: Daemon, tmp_path: Path) -> None:
+    """They do not hang together, and not every page has one."""
+    with RawWorker(there) as worker:
+        family = bytes(16)
+        side = wire.NamespaceSpec(bytes(range(16, 32)), 4096, 16, 0, 1, "mamba", "raw", family)
+        kv = wire.NamespaceSpec(worker.spec.digest, PAGE, 16, 0, 1, "kv", "raw", family)
+        number = worker.link.ask(wire.Join([kv, side]), wire.Joined, 5.0).ids[1]
+        keys = worker.put(10)
+        for key in (keys[4], keys[9]):
+            _put_one(worker, number, key, b"", b"state of " + key + bytes(4096 - 41))
+        told = export(there, tmp_path / "x.arrow", keys[-1].hex()[:20])
+    assert told["pages"] == 12
+    assert take_in(here, tmp_path / "x.arrow") == (12, 0, 0, 0)
+    found = json.loads(on(here, "ls", "--json").stdout)["prefixes"]
+    assert sorted((p["pages"], p["label"]) for p in found) == [(1, "raw mamba"), (1, "raw mamba"), (10, "raw kv")]
 
 
 def test_another_model_does_not_find_it(here: Daemon, there: Daemon, tmp_path: Path) -> None:
@@ -339,7 +357,8 @@ def test_exports_that_cannot_be_made_leave_no_file(there: Daemon, tmp_path: Path
         assert "no page has a key that begins with 0123456789" in unknown.stderr
         nowhere = on(there, "export", keys[-1].hex(), "--to", str(tmp_path / "no" / "x.arrow"))
         assert "is the folder there" in nowhere.stderr
-        orphan = _put_orphan(worker)
+        orphan = bytes([7]) * 32
+        _put_one(worker, 0, orphan, bytes([8]) * 32, bytes(PAGE))  # nobody has its parent
         broken = on(there, "export", orphan.hex(), "--to", str(to))
         assert "is not whole" in broken.stderr
         (offset,) = worker.lease(keys[2:3], 0.01)
@@ -352,15 +371,13 @@ def test_exports_that_cannot_be_made_leave_no_file(there: Daemon, tmp_path: Path
         assert there.faults() == []
 
 
-def _put_orphan(worker: RawWorker) -> bytes:
-    """A page whose parent nobody has."""
-    key, parent = bytes([7]) * 32, bytes([8]) * 32
+def _put_one(worker: RawWorker, ns: int, key: bytes, parent: bytes, data: bytes) -> None:
     with worker.channels.lend() as channel:
-        reserved = channel.ask(lambda n: wire.ReservePages(n, 0, key, 5.0, parent), wire.Reserved, 5.0)
+        reserved = channel.ask(lambda n: wire.ReservePages(n, ns, key, 5.0, parent), wire.Reserved, 5.0)
         offset, generation, _ = wire.RESERVED_ROW.unpack(reserved.rows)
-        row = wire.COMMIT_ROW.pack(offset, generation, bytes(16))
+        worker.link.arena[offset : offset + len(data)] = data
+        row = wire.COMMIT_ROW.pack(offset, generation, xxhash.xxh3_128_digest(data))
         channel.ask(lambda n: wire.CommitPages(n, reserved.reservation, row), wire.Committed, 5.0)
-    return key
 
 
 # -- the order ---------------------------------------------------------------------------------------------

@@ -72,12 +72,12 @@ def command(files: FilesArgument, socket: SocketOption = None, as_json: JsonOpti
     here already is left as it is, so importing a file again is harmless. Files of a shared tier can be given too,
     without what has been removed there since.
 
-    
+    \b
     Examples:
       kvdctl import system-prompt.arrow
       kvdctl import /mnt/backup/node7/*.pages.arrow --json
 
-    
+    \b
     Exit status: 0 all pages are here, 1 some or all are not, 2 wrong usage, 3 no daemon reachable.
     """
     with reporting(as_json):
@@ -133,8 +133,7 @@ def settle(link: Link, digest: bytes, sources: Sequence[Source]) -> wire.Namespa
             f"{first.reader.path} does not say how many tokens a page of namespace {digest.hex()} stands for",
             "start a worker of that model here, then import again",
         )
-    label = _UNKNOWN_LABEL
-    likely = wire.NamespaceSpec(digest, first.page.length, tokens, 0, first.page.shards, "kv", label)
+    likely = wire.NamespaceSpec(digest, first.page.length, tokens, 0, first.page.shards, "kv", _UNKNOWN_LABEL)
     for source in sources:  # each file by itself first: which of them is wrong?
         if digest in source.reader.specs:
             _agrees(source, source.reader.specs[digest], "it says itself")

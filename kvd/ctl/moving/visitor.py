@@ -119,6 +119,8 @@ class Visitor:
             found.append((length, checksum, data))
         if leased.lease:
             self._channel.tell(wire.ReleaseLease(leased.lease, bad))
+        if bad:  # answered after that was heard: hanging up may lose what is under way
+            self._ask(lambda n: wire.Lookup(n, ns, keys[0], 0.001), wire.Found)
         return found
 
     # -- storing -------------------------------------------------------------------------------------------
