@@ -294,7 +294,7 @@ class Checked(Message, tag="checked", frozen=True):
 
 
 class GateDecision(Message, tag="decision", frozen=True):
-    """Of `wanted` pages on a lower tier, `pages` were fetched, because of the rest; 0 is unknown."""
+    """Of `wanted` pages on a lower tier, `pages` were worth fetching, because of the rest; 0 is unknown."""
 
     age_s: float
     session: int

@@ -4,8 +4,9 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import rule
 
 from kvd import wire
 from kvd.daemon import eviction
@@ -14,7 +15,7 @@ from kvd.daemon.eviction import Selection, evict_names, evict_part
 from kvd.daemon.gate import Disk, decide
 from kvd.errors import PeerError
 from kvd.storage.lineage import following
-from tests.test_lower import TwoTiers
+from tests.test_lower import TwoTierMachine, TwoTiers
 from tests.test_node import BRANCH, KEYS, World, namespace, spec
 
 
@@ -97,6 +98,19 @@ def test_a_key_goes_in_all_namespaces_unless_one_is_named(world: World) -> None:
     assert evict(world, key=KEYS[1][0]) == (30, 0)
 
 
+def test_a_side_pools_pages_go_with_the_page_they_belong_to() -> None:
+    world, family = World(16), bytes(range(16))
+    kv, side = (
+        wire.NamespaceSpec(namespace(n), 9000, 4, 0, 1, pool, "test", family) for n, pool in ((1, "kv"), (7, "swa"))
+    )
+    session = world.session(kv, side)
+    world.put(session, KEYS[0])
+    for key in KEYS[0][3:]:
+        world.put(session, [key], ns=1)
+    assert evict(world, key=KEYS[0][9]) == (6 + 6, 0)
+    assert there(world, KEYS[0], namespace(7)) == [False] * 3 + [True] * 6 + [False] * 6
+
+
 def test_it_is_done_in_parts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eviction, "AT_ONCE", 7)
     first = evict_part(world.node.stock, world.node.sessions, Selection(b"", b""), 0, world.now)
@@ -117,6 +131,26 @@ def test_pages_that_came_up_while_a_tier_removed_them_leave_again() -> None:
     assert there(world, KEYS[0], namespace(1)) == [True] * 5 + [False] * 10
     assert world.leading(KEYS[0], namespace(1)) == 5, "no tier is said to have them"
     assert world.node.faults() == []
+
+
+class EvictingMachine(TwoTierMachine):
+    """The same with an operator, who evicts from RAM and from the tier in the order of `kvdctl evict`."""
+
+    @rule(keys=TwoTierMachine.chains, start=st.integers(0, 14))
+    def evict_by_word(self, keys: list[bytes], start: int) -> None:
+        world = self.world
+        evict(world, key=keys[start])
+        names = [name for name in world.tier.pages if name[16:] in keys[start:]]
+        for name in names:
+            del world.tier.pages[name]
+        world.node.stock.below_changed(2, [], names)
+        evict_names(world.node.stock, world.node.sessions, names, world.now)
+        _, held = evict(world, key=keys[start])
+        assert held or world.leading(keys, namespace(1)) <= start
+
+
+TestEvicting = EvictingMachine.TestCase
+TestEvicting.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize(

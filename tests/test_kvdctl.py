@@ -13,8 +13,11 @@ from kvd import __version__, wire
 from tests.harness import Daemon
 from tests.kvdctl import PAGE, RawWorker, kvdctl, on, other_version
 
-COMMANDS = ("status", "tiers", "workers", "ls", "verify", "doctor", "explain", "evict")
-NEEDS = {"evict": ("--all", "--yes")}  # what a command does nothing without
+COMMANDS = ("status", "tiers", "workers", "ls", "verify", "doctor", "explain", "evict", "export", "import")
+NEEDS = {
+    "evict": ("--all", "--yes"),
+    "export": ("ab", "--to", "/no/such.arrow"),
+}  # what a command does nothing without
 
 # -- every command -----------------------------------------------------------------------------------------
 
@@ -40,7 +43,7 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     assert kvdctl(*arguments).returncode == 2
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "doctor"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("doctor", "import")])
 def test_without_a_daemon_a_command_says_so_in_one_line(command: str, tmp_path: Path) -> None:
     ran = kvdctl(command, *NEEDS.get(command, ()), KVD_RUN_DIR=str(tmp_path))
     assert (ran.returncode, ran.stdout) == (3, "")

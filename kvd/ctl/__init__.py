@@ -10,6 +10,7 @@ import typer
 
 from kvd import __version__
 from kvd.ctl import doctor, evict, explain, ls, pins, quota, status, tiers, verify, workers
+from kvd.ctl.moving import export, importing
 from kvd.ctl.simulate.command import app as simulation
 
 app = typer.Typer(
@@ -55,6 +56,8 @@ for _name, _module in (
     ("verify", verify),
     ("explain", explain),
     ("evict", evict),
+    ("export", export),
+    ("import", importing),
 ):
     app.command(_name)(_module.command)
 for _name, _command in (("pin", pins.pin), ("unpin", pins.unpin), ("pins", pins.pins), ("quota", quota.command)):

@@ -17,7 +17,7 @@ from kvd.ctl.terminal import (
     span,
 )
 
-_COLUMNS = ("ago", "worker", "pool", "tier", "wanted", "fetched", "tier reads", "before it", "computes", "why")
+_COLUMNS = ("ago", "worker", "pool", "tier", "wanted", "worth it", "tier reads", "before it", "computes", "why")
 
 LastOption = Annotated[
     int, typer.Option("--last", min=1, max=512, help="Show at most this many decisions, the newest first.")
@@ -29,10 +29,10 @@ def command(last: LastOption = 20, socket: SocketOption = None, as_json: JsonOpt
 
     A worker that looks up a prefix may find pages of it in a tier below memory. Loading them costs time on that
     tier, not loading them costs the worker the computing of their tokens; kvd fetches as many as pay, and answers
-    with a shorter hit for the rest. Each line is one such decision: pages wanted and fetched, what it was decided
-    from, and why. "tier reads" is what the tier was measured to bring, "before it" what had been asked of it
-    already, "computes" what the worker was measured to compute; "?" was never measured. The last 512 decisions
-    are kept.
+    with a shorter hit for the rest. Each line is one such decision: how many pages were wanted and how many of them
+    were worth it, what that was decided from, and why. "tier reads" is what the tier was measured to bring, "before
+    it" what had been asked of it already, "computes" what the worker was measured to compute; "?" was never measured.
+    The last 512 decisions are kept.
 
     \b
     Examples:

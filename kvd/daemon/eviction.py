@@ -57,8 +57,8 @@ def evict_part(stock: Stock, sessions: Sessions, which: Selection, cursor: int, 
             if len(victims) == AT_ONCE:
                 break  # the same id again: more may hang there
         at += 1
-    evicted = _remove(stock, sessions, victims, now)
-    return wire.Evicted(evicted, kept + len(victims) - evicted, at if at <= stock.residency.last_id else -1)
+    evicted, spared = _remove(stock, sessions, victims, now)
+    return wire.Evicted(evicted, kept + spared, at if at <= stock.residency.last_id else -1)
 
 
 def evict_names(stock: Stock, sessions: Sessions, names: Iterable[Name], now: float) -> None:
@@ -87,14 +87,18 @@ def _subtree(top: Group, held: set[int], most: int) -> tuple[list[Group], int]:
     return may, stays
 
 
-def _remove(stock: Stock, sessions: Sessions, victims: list[Group], now: float) -> int:
+def _remove(stock: Stock, sessions: Sessions, victims: list[Group], now: float) -> tuple[int, int]:
+    """(removed, spared). With a page of a model's main pool go those of its side pools: they are of no use alone."""
     for group in victims:
         stock.index.withdraw(group.namespace, group.key)
     held = sessions.held_places(now) if victims else set()
-    removed = 0
+    removed = spared = 0
     for group in victims:
+        if stock.residency.by_place(group.place) is not group:
+            continue  # a side page, gone with its main page
         if group.place in held or not group.is_leaf:
             stock.index.publish(group.namespace, group.key, group.place, group.depth)
+            spared += 1
             continue
         stock.space.drop(group, now)
         removed += 1
@@ -102,5 +106,6 @@ def _remove(stock: Stock, sessions: Sessions, victims: list[Group], now: float) 
             side = stock.residency.get(digest, group.key)
             if side is not None and side.is_leaf and not side.held and side.place not in held:
                 stock.space.drop(side, now)
+                removed += 1
     stock.counters["pages_evicted_by_operators"] += removed
-    return removed
+    return removed, spared

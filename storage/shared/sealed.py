@@ -13,7 +13,8 @@ arena without a copy; the gaps are zeros.
     footer   Arrow's, with "ARROW1" at the end of the file
 
 A batch is one row: namespace, key, parent, length, tokens, stamp, checksums (xxh3-128 a shard), payload (all shards
-joined). The index repeats the small columns, for whoever lists thousands of files. A stamp names the put that brought
+joined). The schema's metadata: "kvd.version", "kvd.node", and "kvd.namespaces" in an exported file (`lonefile`). The
+index repeats the small columns, for whoever lists thousands of files. A stamp names the put that brought
 a page; it stays when a page moves to another file, and says its age (`stamps`). Files are written once and published
 whole. What a copy of a file that was cut short or flipped can do to a reader: no ending, no seal, or a payload that
 differs from its checksums; each is a miss.
@@ -119,7 +120,8 @@ class Sheet(NamedTuple):
 
 
 @lru_cache
-def schema(node: str) -> pa.Schema:
+def schema(node: str, namespaces: str = "") -> pa.Schema:
+    """`namespaces`: what an exported file says of them, see `lonefile`; files of a tier say nothing."""
     fields = [
         ("namespace", pa.binary(16)),
         ("key", pa.binary(32)),
@@ -131,6 +133,8 @@ def schema(node: str) -> pa.Schema:
         ("payload", pa.large_binary()),
     ]
     about = {"kvd.version": str(VERSION), "kvd.node": node}
+    if namespaces:
+        about["kvd.namespaces"] = namespaces
     return pa.schema([pa.field(*field, nullable=False) for field in fields], metadata=about)
 
 
@@ -140,10 +144,11 @@ def fits(page: Page, buffers: Buffers) -> bool:
     return page.length > 0 and 0 < page.shards == len(buffers) and all(len(buffer) == size for buffer in buffers)
 
 
-def lay_out(pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: str) -> Sheet:
+def lay_out(pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: str, namespaces: str = "") -> Sheet:
     """A file of these pages. Its parts are views of the buffers, which must not change until it is written."""
     assert 0 < len(pages) <= MAX_ROWS, "a file has pages"
-    front = _FRONT + bytes(schema(node).serialize())
+    message = bytes(schema(node, namespaces).serialize())
+    front = _FRONT + message
     leads = [_lead(page, stamp) for (page, _), stamp in zip(pages, stamps, strict=True)]
     rooms = [_up(len(lead), ALIGN) for lead in leads]
     start = _up(len(front), ALIGN)
@@ -169,7 +174,7 @@ def lay_out(pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: 
         at += _up(payload, ALIGN)
     index = Rows(b"".join(rows), b"".join(checksums))
     tail = _END_OF_STREAM + _sealed(index)
-    tail += footer(bytes(schema(node).serialize()), blocks)
+    tail += footer(message, blocks)
     end = memoryview(mmap.mmap(-1, _up(len(tail), ALIGN)))
     end[: len(tail)] = tail
     return Sheet([*parts, end], at + len(tail), index, direct)
