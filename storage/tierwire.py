@@ -70,6 +70,13 @@ class Changed(Message, tag="changed", frozen=True):
     left: bytes
 
 
+class Measured(Message, tag="measured", frozen=True):
+    """So many bytes were read in so many seconds, while nobody else asked for anything."""
+
+    size: int
+    seconds: float
+
+
 class Gauge(Message, tag="gauge", frozen=True):
     """Said twice a second: how full it is, and that it lives. With `trouble` it is the last word."""
 
@@ -94,7 +101,7 @@ class Loaded(Message, tag="loaded", frozen=True):
     rows: list[Row | None]
 
 
-FromTier = Changed | Gauge | Stored | Loaded
+FromTier = Changed | Measured | Gauge | Stored | Loaded
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_tier = msgspec.msgpack.Decoder(ToTier).decode

@@ -57,6 +57,7 @@ SAMPLES: list[wire.Message] = [
     wire.Checked(["a fault"], 3),
     wire.Checked([], 3, 4096),
     wire.Lookup(1, 0, KEY, 2.0),
+    wire.Lookup(1, 0, KEY, 2.0, 1.5, 7, KEY),
     wire.LeasePages(2, 0, KEY * 2, 2.0),
     wire.ReleaseLease(9, [1]),
     wire.ReservePages(3, 0, KEY, 3.0, KEY, False),

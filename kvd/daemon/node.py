@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from kvd import wire
-from kvd.daemon.gate import decide
+from kvd.daemon.gate import Prefill, decide
 from kvd.daemon.intake import Intake
 from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
-from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_ttl
+from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_prefix, valid_ttl, valid_wait
 from kvd.daemon.residency import Group
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.stock import Stock
@@ -79,6 +79,8 @@ class Node:
         """How many leading pages are held; promised for `ttl_s`; what is not in RAM is fetched meanwhile."""
         spec = joined(session, request.ns)
         keys, ttl_s = keys_of(request.keys), valid_ttl(request.ttl_s)
+        valid_wait(request.wait_s)
+        valid_prefix(request.before, request.parent)
         groups: list[Group | None] = []  # None: not in RAM
         for key in keys:
             group = self.residency.get(spec.digest, key)
@@ -87,7 +89,7 @@ class Node:
             groups.append(group)
         found = tuple(group for group in groups if group is not None)
         self.leases.promise(session.id, found, now + ttl_s)  # before a fetch makes room
-        pages = self._worth(session, spec, keys, groups, now)
+        pages = self._worth(session, spec, request, keys, groups, now)
         for position, group in enumerate(groups[:pages]):
             if group is None and not self.promotion.fetch(session.id, spec, keys[position], now + ttl_s, now):
                 pages = position
@@ -96,8 +98,9 @@ class Node:
         return wire.Found(request.request, pages)
 
     def _worth(
-        self, session: Session, spec: wire.NamespaceSpec, keys: list[bytes], groups: list[Group | None], now: float
-    ) -> int:
+        self, session: Session, spec: wire.NamespaceSpec, request: wire.Lookup, keys: list[bytes],
+        groups: list[Group | None], now: float,
+    ) -> int:  # fmt: skip
         """How many leading pages to give, when those that are not in RAM (None) have to be fetched first."""
         places: dict[int, list[int]] = {}  # positions, by the bit of the tier that has them
         for position, group in enumerate(groups):
@@ -109,10 +112,20 @@ class Node:
                 if lower is not None:
                     places.setdefault(lower.bit, []).append(position)
         pages = len(groups)
-        rate = float(session.counters.get("prefill_tokens_per_s", 0))
+        prefill = Prefill.of(session.counters)
         for lower in self.promotion.tiers:
             below = places.get(lower.bit, [])
-            decision = decide(lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
+            if not below:
+                continue
+            own = self.promotion.own(session.id, lower, spec.digest, request.parent)
+            tokens = (request.before + below[0]) * spec.page_tokens
+            decision = decide(
+                lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, prefill, now,
+                tokens, own, request.wait_s,
+            )  # fmt: skip
+            self.counters[f"gate_{decision.reason.replace(' ', '_')}"] += 1
+            for position in below[: decision.probe]:
+                self.promotion.fetch(session.id, spec, keys[position], now, now)
             if decision.pages < len(below):
                 self.counters["gate_refused_pages"] += len(below) - decision.pages
                 pages = min(pages, below[decision.pages])
