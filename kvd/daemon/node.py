@@ -133,6 +133,7 @@ class Node:
 
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""
+        valid_wait(request.wait_s)
         if self.index.lower == len(self.promotion) == 0:
             return set()
         spec = joined(session, request.ns)
