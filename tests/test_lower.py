@@ -241,6 +241,19 @@ def test_what_does_not_pay_is_not_given_out_and_the_tier_is_measured_beside_it(w
     assert len(world.node.residency) == 2 * PROBE_PAGES
 
 
+def test_a_worker_that_has_just_started_is_judged_as_others_of_its_kind(world: TwoTiers) -> None:
+    session = world.session(spec(1))
+    world.put(session, KEYS[0] + KEYS[1])
+    world.settle()
+    world.evict_all()
+    (lower,) = world.node.promotion.tiers
+    lower.disk.observe(1 << 20, 1.0, world.now)
+    session.counters = {"prefill_ns_per_token": 1}
+    assert world.lookup(session, KEYS[0]) == 0
+    assert world.lookup(world.session(spec(1)), KEYS[0]) == 0
+    assert world.node.counters["gate_slower"] == 2
+
+
 def test_the_second_batch_of_a_prefix_is_not_charged_for_the_first(world: TwoTiers) -> None:
     session, other = world.session(spec(1)), world.session(spec(1))
     world.put(session, KEYS[0])

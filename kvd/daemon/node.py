@@ -45,6 +45,7 @@ class Node:
         self.intake = Intake(stock)
         self.promotion = Promotion(stock)
         self.writebacks: list[WriteBack] = []
+        self._prefill: dict[bytes, Prefill] = {}  # by namespace, the last known
         stock.on_admit = self._admitted
         self.warm_pages = 0
 
@@ -112,7 +113,7 @@ class Node:
                 if lower is not None:
                     places.setdefault(lower.bit, []).append(position)
         pages = len(groups)
-        prefill = Prefill.of(session.counters)
+        prefill = self._prefill_of(session, spec)
         for lower in self.promotion.tiers:
             below = places.get(lower.bit, [])
             if not below:
@@ -130,6 +131,16 @@ class Node:
                 self.counters["gate_refused_pages"] += len(below) - decision.pages
                 pages = min(pages, below[decision.pages])
         return pages
+
+    def _prefill_of(self, session: Session, spec: wire.NamespaceSpec) -> Prefill:
+        """What computing costs a worker; of one that has just started, what it cost others of its kind."""
+        prefill = Prefill.of(session.counters)
+        if not prefill.known:
+            return self._prefill.get(spec.digest, prefill)
+        self._prefill[spec.digest] = prefill
+        if len(self._prefill) > MAX_NAMESPACES:
+            del self._prefill[next(iter(self._prefill))]
+        return prefill
 
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""
