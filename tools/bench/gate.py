@@ -34,8 +34,8 @@ from tools.sglang_cpu.server import HiCache, SglangServer
 
 SPEEDS = {"5": 5e6, "20": 20e6, "200": 200e6, "2000": 2000e6, "unthrottled": 0.0}  # MB/s: bytes a second
 QUICK_SPEEDS = ("20", "200", "2000")
-LENGTHS = {500: (2, 12), 1500: (1, 6)}  # prompt tokens: rounds with --quick, and without
-SLOWEST, LONGEST = "5", max(LENGTHS)
+LENGTHS = {500: (2, 12), 1500: (0, 6)}  # prompt tokens: rounds with --quick, and without
+SLOWEST = "5"
 QUESTION_TOKENS = 80  # at least a page: what is computed beside a hit shows what the cached tokens cost
 TOKENS = range(1_000, 40_000)  # ids of plain text
 COLD, KVD, LOADED, HELD = "recomputed", "with kvd", "pages loaded", "pages on disk"
@@ -47,6 +47,8 @@ def main() -> None:
     )
     if not (VENV / "bin/python").exists() or not (MODEL / "model.safetensors").exists():
         sys.exit("there is no SGLang here: run `make sglang`")
+    lengths = {length: rounds for length, both in LENGTHS.items() if (rounds := wanted.rounds(*both))}
+    longest = max(lengths)
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())
         disk = KernelThrottle(folder) if available() else PacedDisk(folder)
@@ -59,20 +61,19 @@ def main() -> None:
         daemon.start()
         server = stack.enter_context(_server(daemon.socket))
         asked = Asked(server, daemon, disk)
-        asked.cold(fresh(LONGEST))  # what only the first request pays for
+        asked.cold(fresh(longest))  # what only the first request pays for
         report = Report()
         for name in wanted.rest.speed or (QUICK_SPEEDS if wanted.quick else SPEEDS):
             progress(f"{name} MB/s")
             asked.forget_the_disk(SPEEDS[name])
-            report.add(asked, name, f"{LONGEST} first", interleave([partial(asked.round, LONGEST)], 1, warm_up=0))
-            for length, (few, many) in LENGTHS.items():
-                rounds = few if wanted.quick else many
+            report.add(asked, name, f"{longest} first", interleave([partial(asked.round, longest)], 1, warm_up=0))
+            for length, rounds in lengths.items():
                 samples = interleave([partial(asked.round, length)], rounds, warm_up=0)
                 report.add(asked, name, f"{length}", samples, counts=True)
         if not wanted.quick:
             disk.set(SPEEDS[SLOWEST])
-            samples = interleave([partial(asked.round, LONGEST)], 1, warm_up=0)
-            report.add(asked, f"turns to {SLOWEST}", f"{LONGEST} first", samples)
+            samples = interleave([partial(asked.round, longest)], 1, warm_up=0)
+            report.add(asked, f"turns to {SLOWEST}", f"{longest} first", samples)
     report.table.notes.append(f"reads are slowed down by {disk.how}; rows with counts of decisions, by their reason")
     report.finish(wanted)
 
