@@ -8,8 +8,8 @@ prefix that can be here before its reader stops waiting, and given up unless
     latency + (others' bytes on the way + the prefix's bytes) / bytes per second  <=  SURE * what the prefix saves
 
 What the same reader waits for anyway is not counted: it is there when the prefix's turn comes. A disk that nobody has
-measured, or not lately, is not asked in a request's way: a few pages are fetched beside it, and that is the
-measurement. A worker that has computed nothing yet is given what can be here in time.
+measured is not asked in a request's way: a few pages are fetched beside it, and that is the measurement; so is one that
+did not pay when it was measured last. A worker that has computed nothing yet is given what can be here in time.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class Decision:
     pages: int
     wanted: int
     disk_bytes_per_s: float
-    prefill_tokens_per_s: float  # tokens of the prefix that the worker computes while it would wait a second for them
+    prefill_tokens_per_s: float  # tokens that need not be computed, by the seconds which that saves
     bytes_on_the_way: int
     reason: Reason
     load_s: float = 0.0  # of what can be here in time
