@@ -8,8 +8,9 @@ prefix that can be here before its reader stops waiting, and given up unless
     latency + (others' bytes on the way + the prefix's bytes) / bytes per second  <=  SURE * what the prefix saves
 
 What the same reader waits for anyway is not counted: it is there when the prefix's turn comes. A disk that nobody has
-measured is not asked in a request's way: a few pages are fetched beside it, and that is the measurement; so is one that
-did not pay when it was measured last. A worker that has computed nothing yet is given what can be here in time.
+measured is not asked in a request's way: a few pages are fetched beside it, and that is the measurement. One that did
+not pay some time ago is measured again like that. A worker that has computed nothing yet is given what can be here in
+time.
 """
 
 from collections.abc import Mapping
