@@ -415,12 +415,19 @@ FromDaemon = (
 
 
 class Lookup(Message, tag="lookup", frozen=True):
-    """How many leading keys are held? The fallback of the shared-memory index."""
+    """How many leading keys are held? The fallback of the shared-memory index, and what starts a fetch from below.
+
+    The read that follows will wait `wait_s` for pages on their way. `before` pages of the chain come before these
+    keys, the last of them is `parent`; 0 and empty where that is not known.
+    """
 
     request: int
     ns: int
     keys: bytes
     ttl_s: float
+    wait_s: float = 1.0
+    before: int = 0
+    parent: bytes = b""
 
 
 class LeasePages(Message, tag="lease", frozen=True):

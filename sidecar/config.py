@@ -28,7 +28,7 @@ class PluginConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights_id: str = ""  # replaces the fingerprint of the weights; two workers with equal ids share pages
     tenant: str = ""  # workers of different tenants never share
     copy_threads: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2  # for batches of large pages; 1 on starved hosts
-    get_timeout_s: Seconds = 2.0  # the longest a read or write of <= 128 pages may take
+    get_timeout_s: Seconds = 2.0  # the longest a read or write of <= 128 pages may take, from a slow disk too
     exists_timeout_s: Seconds = 0.005  # only where the shared index cannot be used
     promise_s: Seconds = 10.0  # how long pages that a lookup reported are held for the read that follows
 

@@ -132,26 +132,26 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     @_never_raises(lambda *_, **__: 0)
     def batch_exists(self, keys: list[str], extra_info: Any = None, *_: Any) -> int:
         """How many leading pages of the chain kvd holds, whole. They are held for the read that follows."""
-        return self._leading(keys)
+        return self._leading(keys, extra_info)
 
     def exists(self, key: str) -> bool:
         return bool(self.batch_exists([key]) == 1)
 
-    def _leading(self, keys: Sequence[str]) -> int:
+    def _leading(self, keys: Sequence[str], extra_info: Any) -> int:
         if self._anchor_is_logical:
             return len(keys)
         shelf = self._shelf(KV, self._access)
-        return shelf.has(keys) if shelf is not None else 0
+        return shelf.has(keys, _prefix(extra_info)) if shelf is not None else 0
 
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: Any = None, *_: Any
     ) -> Any:
         """The prefix lengths that every pool can restore."""
-        return self._exists_v2(keys, pool_transfers) or _transfer_result(0, {}, [])
+        return self._exists_v2(keys, pool_transfers, extra_info) or _transfer_result(0, {}, [])
 
     @_never_raises(lambda *_, **__: None)
-    def _exists_v2(self, keys: Sequence[str], transfers: Sequence[Any] | None) -> Any:
-        pages = self._leading(keys)
+    def _exists_v2(self, keys: Sequence[str], transfers: Sequence[Any] | None, extra_info: Any) -> Any:
+        pages = self._leading(keys, extra_info)
         pools: list[Pool] = []
         for transfer in transfers or ():
             shelf = self._shelf(_text(transfer.name)) if pages else None
@@ -173,7 +173,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None, *_: Any) -> list[bool]:
         if self._anchor_is_logical:
             return [True] * len(keys)
-        prefix = getattr(extra_info, "prefix_keys", None)
+        prefix = _prefix(extra_info)
         done = self._put(KV, keys, host_indices, prefix[-1] if prefix else "", chained=True)
         return [done] * len(keys)
 
@@ -192,7 +192,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
             if leading and not got[-1]:
                 break
         got += [False] * (len(keys) - len(got))
-        shelf.settle(keys[-1])
+        shelf.settle(keys, got)
         self._clock("prefetch", sum(got), shelf.spec.page_bytes, started)
         return got
 
@@ -223,7 +223,7 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         for at in range(0, len(keys), _BATCH_PAGES):
             batch = keys[at : at + _BATCH_PAGES]
             got += shelf.take(batch, target, range(at, at + len(batch)))
-        shelf.settle(keys[-1])
+        shelf.settle(keys, got)
         return [tensor if right else None for tensor, right in zip(target_locations, got, strict=True)]
 
     @_never_raises(lambda *_, **__: False)
@@ -310,6 +310,12 @@ class KvdStorage(engine.StorageBase):  # type: ignore[misc]  # the base is known
         if what not in self._said and len(self._said) < 64:
             self._said.add(what)
             log.warning("kvd (pid %d): %s", os.getpid(), what)
+
+
+def _prefix(extra_info: Any) -> Sequence[str]:
+    """The keys of the pages before a call's own, where SGLang was told to pass them."""
+    prefix = getattr(extra_info, "prefix_keys", None)
+    return prefix if isinstance(prefix, list | tuple) and all(isinstance(key, str) for key in prefix[-1:]) else ()
 
 
 def _text(name: Any) -> str:

@@ -15,12 +15,14 @@ from kvd.index import LOWER, Match, Name
 from kvd.sidecar.config import PluginConfig
 from kvd.sidecar.copier import Copier, Move
 from kvd.sidecar.pool import PageSource
-from kvd.sidecar.prefill import PrefillRate
+from kvd.sidecar.prefill import PrefillCosts
 from kvd.sidecar.session import Attachment, Session
 
 _MARGIN_S = 1.0  # a lease outlives the deadline of the call that uses it
 _MAX_PROMISES = 512
 _FETCH_TIMEOUT_S = 0.1  # SGLang looks storage up from a thread of its own
+_COPY_BYTES_PER_S = 1e9  # slower than hosts are
+_COPY_MARGIN_S = 0.3
 _COMMIT_PAGES = 32  # a quarter of SGLang's batch: the last step is all that a writer waits for
 
 
@@ -38,7 +40,7 @@ class Shelf:
         self._copier = copier
         self._config = config
         self._counters = counters
-        self._prefill = PrefillRate()
+        self._prefill = PrefillCosts(spec.page_tokens)
         self._promises: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # deepest key -> lease table rows
 
     def _attached(self) -> Attachment | None:
@@ -52,19 +54,18 @@ class Shelf:
 
     # -- lookup --------------------------------------------------------------------------------------------
 
-    def has(self, keys: Sequence[str]) -> int:
-        """How many leading pages of a chain are held; they stay for `promise_s`."""
+    def has(self, keys: Sequence[str], prefix: Sequence[str] = ()) -> int:
+        """How many leading pages of a chain are held; they stay for `promise_s`. `prefix` are the pages before."""
         attachment = self._attached()
         if attachment is None or not keys:
             return 0
         match = attachment.index.leading(self._name, keys)
         pages = match.pages
         if match.lower:
-            pages = self._fetch(attachment, keys[:pages])
+            pages = self._fetch(attachment, keys[:pages], prefix)
         elif pages and not self._promise(attachment, keys[pages - 1], match):
-            pages = self._ask(attachment, keys[:pages], self._config.exists_timeout_s)
-        if pages < len(keys):
-            self._prefill.missed(keys[pages], len(keys) - pages, time.monotonic())
+            pages = self._ask(attachment, keys[:pages], prefix, self._config.exists_timeout_s)
+        self._prefill.looked_up(keys, pages, len(prefix), time.monotonic())
         return pages
 
     def has_each(self, keys: Sequence[str]) -> list[bool]:
@@ -96,22 +97,29 @@ class Shelf:
         if rows is not None:
             self._session.leases.drop(rows)
 
-    def _fetch(self, attachment: Attachment, keys: Sequence[str]) -> int:
+    def _fetch(self, attachment: Attachment, keys: Sequence[str], prefix: Sequence[str]) -> int:
         """Some of these are not in RAM: how many can be had, and begin to fetch them."""
         try:
-            return self._ask(attachment, keys, _FETCH_TIMEOUT_S)
+            return self._ask(attachment, keys, prefix, _FETCH_TIMEOUT_S)
         except DeadlineMissed:  # kvd is busy; whether it is stopped, the session finds out
             self._counters["miss_lookup_late"] += len(keys)
             return 0
 
-    def _ask(self, attachment: Attachment, keys: Sequence[str], timeout_s: float) -> int:
-        joined = _join(keys[: wire.MAX_KEYS])
+    def _ask(self, attachment: Attachment, keys: Sequence[str], prefix: Sequence[str], timeout_s: float) -> int:
+        joined, parent = _join(keys[: wire.MAX_KEYS]), _join(prefix[-1:])
         with attachment.channels.lend() as channel:
             return channel.ask(
-                lambda request: wire.Lookup(request, self._ns, joined, self._config.promise_s),
+                lambda request: wire.Lookup(
+                    request, self._ns, joined, self._config.promise_s, self._wait_s(len(keys)), len(prefix), parent
+                ),
                 wire.Found,
                 timeout_s,
             ).pages
+
+    def _wait_s(self, pages: int) -> float:
+        """How long a read of as many pages waits for a lower tier; the rest of its time is for the copies."""
+        timeout_s = self._config.get_timeout_s
+        return max(timeout_s / 2, timeout_s - _COPY_MARGIN_S - pages * self.spec.page_bytes / _COPY_BYTES_PER_S)
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -123,8 +131,9 @@ class Shelf:
         if attachment is None:
             return False
         now = time.monotonic()
-        self._prefill.computed(keys[0], self.spec.page_tokens, now)
-        self._counters["prefill_tokens_per_s"] = int(self._prefill.tokens_per_s)
+        if chained and self._prefill.computed(keys, parent, now):
+            for name, value in self._prefill.costs().counters().items():
+                self._counters[name] = value
         deadline, ttl_s = now + self._config.get_timeout_s, self._config.get_timeout_s + _MARGIN_S
         joined, parent_key = _join(keys), bytes.fromhex(parent) if parent else b""
         with attachment.channels.lend() as channel:
@@ -185,7 +194,7 @@ class Shelf:
             return absent
         deadline = time.monotonic() + self._config.get_timeout_s
         joined, ttl_s = _join(keys), self._config.get_timeout_s + _MARGIN_S
-        wait_s = self._config.get_timeout_s / 2  # the other half is for the copies, and for kvd to answer in time
+        wait_s = self._wait_s(len(keys))
         with attachment.channels.lend() as channel:
             leased = channel.ask(
                 lambda request: wire.LeasePages(request, self._ns, joined, ttl_s, wait_s),
@@ -229,9 +238,10 @@ class Shelf:
         self._counters["miss_absent"] += len(rows) - len(wanted)
         return got
 
-    def settle(self, key: str) -> None:
-        """The read that a promise was for has happened."""
-        self._drop_promise(key)
+    def settle(self, keys: Sequence[str], got: Sequence[bool]) -> None:
+        """The read that a promise was for has happened: of these keys, in one or more batches."""
+        self._prefill.read(keys, list(got).index(False) if False in got else len(keys), time.monotonic())
+        self._drop_promise(keys[-1])
 
 
 def _join(keys: Sequence[str]) -> bytes:

@@ -1,8 +1,10 @@
 """A lower tier in a process of its own: `python -m kvd.storage.serve SETTINGS`, started by kvd.
 
 A disk that hangs hangs this process; a medium that fails under LMDB's mapping kills it (SIGBUS); kvd sees it, answers
-misses and starts another. SETTINGS is JSON: {"tier": "nvme" or "shared", "socket": fd, "arena": fd, ...its own}.
-Loads run on several threads, stores and removals on one, in their order. Ends when kvd hangs up.
+misses and starts another. Before it is used, and else as soon as it holds something, the tier reads a few of its pages
+for nobody: kvd must know how fast it is before a request depends on it. SETTINGS is JSON: {"tier": "nvme" or "shared",
+"socket": fd, "arena": fd, ...its own}. Loads run on several threads, stores and removals on one, in their order. Ends
+when kvd hangs up.
 """
 
 import contextlib
@@ -24,10 +26,12 @@ from kvd.errors import KvdError
 from kvd.storage import tierwire
 from kvd.storage.lineage import meant
 from kvd.storage.quota import Share
-from kvd.storage.tier import Tier, TierError
+from kvd.storage.tier import Name, Tier, TierError
 
 GAUGE_EVERY_S = 0.5
 _ALIGN = 4096
+_MEASURE_PAGES, _MEASURE_BYTES = 9, 64 << 20
+_MEASURE_S = 0.1  # where one page takes longer, it says enough
 _NAMES_AT_ONCE = 4096  # kvd enters them into its index a message at a time, between its workers' requests
 
 
@@ -39,6 +43,7 @@ class Server:
         self._sock = sock
         self._arena = arena
         self._send_lock = threading.Lock()
+        self._measured = False
         self._stores: queue.SimpleQueue[tierwire.ToTier] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
         for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
@@ -74,8 +79,7 @@ class Server:
             os._exit(70)
 
     def _buffers(self, offsets: Sequence[int], length: int) -> list[memoryview]:
-        rounded = -(-length // _ALIGN) * _ALIGN
-        return [self._arena[offset : offset + rounded] for offset in offsets]
+        return [self._arena[offset : offset + _aligned(length)] for offset in offsets]
 
     def _load_forever(self) -> None:
         while True:
@@ -93,6 +97,7 @@ class Server:
                     flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in rows])
                     self._tell_news()  # before the answer: kvd must know what left before it believes what came
                     self.send(tierwire.Stored(request, flags))
+                    self._measure([row.page.name for row, held in zip(rows, flags, strict=True) if held])
                 case tierwire.Remove() as request:
                     self._remove(request)
                 case tierwire.Judge(density):
@@ -111,12 +116,35 @@ class Server:
 
     def _news_forever(self) -> None:
         for names in self._tier.names():
+            self._measure(names)
             for at in range(0, len(names), _NAMES_AT_ONCE):
                 self.send(tierwire.Changed(b"".join(names[at : at + _NAMES_AT_ONCE]), b""))
         threading.Thread(target=self._or_die, args=(self._gauge_forever,), daemon=True).start()
         while True:
             self._tell_news()  # a tier that shares its medium looks for others' pages now, and may take long
             time.sleep(GAUGE_EVERY_S)
+
+    def _measure(self, names: Sequence[Name]) -> None:
+        """Read a page, then several where that was quick. Once; of a tier that holds nothing yet, later."""
+        if self._measured or not names:
+            return
+        self._measured = True
+        pages = [page for page in self._tier.find(names[:_MEASURE_PAGES]) if page is not None]
+        for some in (pages[:1], pages[1:]):
+            room = memoryview(mmap.mmap(-1, _MEASURE_BYTES))
+            wanted, at = [], 0
+            for page in some:
+                step, end = _aligned(page.length), at + page.shards * _aligned(page.length)
+                if end <= len(room):
+                    wanted.append((page.name, [room[start : start + step] for start in range(at, end, step)]))
+                    at = end
+            started = time.monotonic()
+            whole = all(page is not None for page in self._tier.get(wanted))
+            seconds = time.monotonic() - started
+            if at and whole:
+                self.send(tierwire.Measured(at, seconds))
+            if not at or not whole or seconds > _MEASURE_S:
+                return
 
     def _gauge_forever(self) -> None:
         while True:
@@ -131,6 +159,10 @@ class Server:
         came, left = self._tier.news()
         if came or left:
             self.send(tierwire.Changed(b"".join(came), b"".join(left)))
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGN) * _ALIGN
 
 
 def trouble(error: KvdError) -> tierwire.Gauge:

@@ -101,6 +101,13 @@ class Changed(Message, tag="changed", frozen=True):
     left: bytes
 
 
+class Measured(Message, tag="measured", frozen=True):
+    """So many bytes were read in so many seconds, while nobody else asked for anything."""
+
+    size: int
+    seconds: float
+
+
 class Gauge(Message, tag="gauge", frozen=True):
     """Said twice a second: how full it is, and that it lives. With `trouble` it is the last word."""
 
@@ -135,7 +142,7 @@ class Removed(Message, tag="removed", frozen=True):
     over: bool
 
 
-FromTier = Changed | Gauge | Stored | Loaded | Removed
+FromTier = Changed | Measured | Gauge | Stored | Loaded | Removed
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_tier = msgspec.msgpack.Decoder(ToTier).decode

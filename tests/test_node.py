@@ -281,6 +281,20 @@ def test_making_room_for_another_size_is_done_in_small_steps() -> None:
     assert world.node.faults() == []
 
 
+@pytest.mark.parametrize(
+    ("wait_s", "before", "parent"),
+    [(float("nan"), 0, b""), (-1.0, 0, b""), (1e9, 0, b""), (1.0, -1, b""), (1.0, 1 << 60, b""), (1.0, 1, b"short")],
+)
+def test_a_lookup_out_of_bounds_costs_the_peer_its_session(wait_s: float, before: int, parent: bytes) -> None:
+    world = World()
+    session = world.session(spec(1))
+    with pytest.raises(PeerError):
+        world.node.lookup(session, wire.Lookup(1, 0, KEYS[0][0], 5.0, wait_s, before, parent), world.now)
+    if before == 0:
+        with pytest.raises(PeerError):
+            world.node.on_the_way(session, wire.LeasePages(1, 0, KEYS[0][0], 5.0, wait_s), world.now)
+
+
 def test_a_peer_that_hoards_leases_is_dropped_and_its_lookups_cost_nothing() -> None:
     world = World()
     greedy, honest = world.session(spec(1)), world.session(spec(1))

@@ -78,6 +78,7 @@ SAMPLES: list[wire.Message] = [
     wire.Pins([wire.OnePin(bytes(range(16)), KEY, 7, 5, "model kv")], 1 << 20, 1 << 30),
     wire.Quotas([wire.TenantShare("alice", "nvme", 5, 3, None)]),
     wire.Lookup(1, 0, KEY, 2.0),
+    wire.Lookup(1, 0, KEY, 2.0, 1.5, 7, KEY),
     wire.LeasePages(2, 0, KEY * 2, 2.0),
     wire.ReleaseLease(9, [1]),
     wire.ReservePages(3, 0, KEY, 3.0, KEY, False),

@@ -56,7 +56,7 @@ class Below:
     def __init__(
         self, name: str, settings: dict[str, Any], arena_fd: int,
         changed: Callable[[list[Name], list[Name]], None], forgotten: Callable[[], None], works: Callable[[], None],
-        patience_s: float,
+        measured: Callable[[int, float], None], patience_s: float,
     ) -> None:  # fmt: skip
         self.name = name
         self.gauge = Gauge()
@@ -68,6 +68,7 @@ class Below:
         self._arena_fd = arena_fd
         self._changed = changed  # names came or left
         self._forgotten = forgotten  # all that came before is unknown again
+        self._measured = measured  # bytes, and the seconds they took
         self._works = works  # all that it holds has been said, and it can be used
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
@@ -195,6 +196,8 @@ class Below:
                     ended("")
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
+            case tierwire.Measured(size, seconds):
+                self._measured(size, seconds)
             case tierwire.Gauge(pages, used, total, counters, trouble, floor, held):
                 self.gauge = Gauge(pages, used, total, counters, held, floor)
                 self._last_words = trouble

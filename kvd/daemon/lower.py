@@ -23,9 +23,13 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
         def works() -> None:
             writeback.everything(time.monotonic())
 
+        def measured(size: int, seconds: float) -> None:
+            disk.observe(size, seconds, time.monotonic())
+
         changed, forgotten = partial(node.stock.below_changed, bit), partial(node.stock.below_forgotten, bit)
-        below = Below(name, chosen, room.memory.fd, changed, forgotten, works, _PATIENCE_S[bit])
+        below = Below(name, chosen, room.memory.fd, changed, forgotten, works, measured, _PATIENCE_S[bit])
         writeback = node.add_tier(bit, below, write_delay_s)
+        disk = node.promotion.tiers[-1].disk
         return below
 
     found: list[Below] = []

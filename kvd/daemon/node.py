@@ -10,14 +10,14 @@ from typing import Protocol
 
 from kvd import wire
 from kvd.daemon.decisions import Decisions
-from kvd.daemon.gate import decide
+from kvd.daemon.gate import Prefill, decide
 from kvd.daemon.group import Group
 from kvd.daemon.hints import Hints, Listener
 from kvd.daemon.intake import Intake
 from kvd.daemon.pins import Pins
 from kvd.daemon.promotion import Lower, Promotion, Source
 from kvd.daemon.recovery import whole_pages
-from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_ttl
+from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_prefix, valid_ttl, valid_wait
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.stock import Stock
 from kvd.daemon.writeback import Sink, WriteBack
@@ -60,6 +60,7 @@ class Node:
         self.writebacks: list[WriteBack] = []
         self.hints: list[Hints] = []
         self.decisions = Decisions()
+        self._prefill: dict[bytes, Prefill] = {}  # by namespace, the last known
         stock.on_admit = self._admitted
         stock.on_use = self._used
         self.warm_pages = 0
@@ -126,6 +127,8 @@ class Node:
         """How many leading pages are held; promised for `ttl_s`; what is not in RAM is fetched meanwhile."""
         spec = joined(session, request.ns)
         keys, ttl_s = keys_of(request.keys), valid_ttl(request.ttl_s)
+        valid_wait(request.wait_s)
+        valid_prefix(request.before, request.parent)
         groups: list[Group | None] = []  # None: not in RAM
         for key in keys:
             group = self.residency.get(spec.digest, key)
@@ -134,7 +137,7 @@ class Node:
             groups.append(group)
         found = tuple(group for group in groups if group is not None)
         self.leases.promise(session.id, found, now + ttl_s)  # before a fetch makes room
-        pages = self._worth(session, spec, keys, groups, now)
+        pages = self._worth(session, spec, request, keys, groups, now)
         for position, group in enumerate(groups[:pages]):
             if group is None and not self.promotion.fetch(session.id, spec, keys[position], now + ttl_s, now):
                 pages = position
@@ -143,8 +146,9 @@ class Node:
         return wire.Found(request.request, pages)
 
     def _worth(
-        self, session: Session, spec: wire.NamespaceSpec, keys: list[bytes], groups: list[Group | None], now: float
-    ) -> int:
+        self, session: Session, spec: wire.NamespaceSpec, request: wire.Lookup, keys: list[bytes],
+        groups: list[Group | None], now: float,
+    ) -> int:  # fmt: skip
         """How many leading pages to give, when those that are not in RAM (None) have to be fetched first."""
         places: dict[int, list[int]] = {}  # positions, by the bit of the tier that has them
         for position, group in enumerate(groups):
@@ -156,20 +160,39 @@ class Node:
                 if lower is not None:
                     places.setdefault(lower.bit, []).append(position)
         pages = len(groups)
-        rate = float(session.counters.get("prefill_tokens_per_s", 0))
+        prefill = self._prefill_of(session, spec)
         for lower in self.promotion.tiers:
             below = places.get(lower.bit, [])
             if not below:
                 continue
-            decision = decide(lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, rate, now)
+            own = self.promotion.own(session.id, lower, spec.digest, request.parent)
+            tokens = (request.before + below[0]) * spec.page_tokens
+            decision = decide(
+                lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, prefill, now,
+                tokens, own, request.wait_s,
+            )  # fmt: skip
             self.decisions.add(now, session, spec.pool, lower.bit, decision)
+            self.counters[f"gate_{decision.reason.replace(' ', '_')}"] += 1
+            for position in below[: decision.probe]:
+                self.promotion.fetch(session.id, spec, keys[position], now, now)
             if decision.pages < len(below):
                 self.counters["gate_refused_pages"] += len(below) - decision.pages
                 pages = min(pages, below[decision.pages])
         return pages
 
+    def _prefill_of(self, session: Session, spec: wire.NamespaceSpec) -> Prefill:
+        """What computing costs a worker; of one that has just started, what it cost others of its kind."""
+        prefill = Prefill.of(session.counters)
+        if not prefill.known:
+            return self._prefill.get(spec.digest, prefill)
+        self._prefill[spec.digest] = prefill
+        if len(self._prefill) > MAX_NAMESPACES:
+            del self._prefill[next(iter(self._prefill))]
+        return prefill
+
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""
+        valid_wait(request.wait_s)
         if self.index.lower == len(self.promotion) == 0:
             return set()
         spec = joined(session, request.ns)

@@ -12,13 +12,18 @@ from functools import partial
 from typing import Protocol
 
 from kvd import wire
-from kvd.daemon.gate import Disk
+from kvd.daemon.speed import Disk
 from kvd.daemon.stock import Stock
 from kvd.storage.arena import slot_bytes_for
 from kvd.storage.tier import Name, Page
 
 MAX_FETCHES = 1024  # pages on their way at once: the prefetch depth
-_AT_ONCE = 16  # pages of one request to the tier: what has arrived is admitted while the rest is read
+# One request to the tier is small, because what has arrived is admitted while the rest is read: what was read of a
+# prefix when its reader gives up is a hit.
+_AT_ONCE = 16  # pages
+_AT_ONCE_S = 0.05
+_AT_ONCE_BYTES = 4 << 20  # where the tier's speed is not known
+_LATE, _LATE_S = 2.0, 0.1  # times as long as expected, and seconds: a reader that waited so long had better compute
 
 
 class Source(Protocol):
@@ -52,6 +57,7 @@ class Fetch:
     key: bytes
     slots: tuple[int, ...]
     askers: dict[int, float] = field(default_factory=dict)
+    late_at: float = float("inf")  # when it should have been here for long
 
     @property
     def size(self) -> int:
@@ -123,10 +129,15 @@ class Promotion:
         unsent, self._unsent = self._unsent, []
         for lower in self.tiers if unsent else ():
             mine = [fetch for fetch in unsent if fetch.lower is lower]
-            for at in range(0, len(mine), _AT_ONCE):
-                batch = mine[at : at + _AT_ONCE]
+            pages = _batch_pages(lower.disk, mine[0].size) if mine else 1
+            for at in range(0, len(mine), pages):
+                batch = mine[at : at + pages]
                 wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
-                lower.disk.begun(sum(f.size for f in batch), self.clock())
+                now = self.clock()
+                lower.disk.begun(sum(f.size for f in batch), now)
+                if lower.disk.known:
+                    for fetch in batch:
+                        fetch.late_at = now + _LATE * lower.disk.expected_s() + _LATE_S
                 lower.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, lower, batch))
 
     def _arrived(self, lower: Lower, batch: list[Fetch], pages: list[Page | None]) -> None:
@@ -155,9 +166,20 @@ class Promotion:
         """Which of these pages are being fetched."""
         return {namespace + key for key in keys if namespace + key in self._fetches} if self._fetches else set()
 
-    def wait(self, names: set[Name], until: float, then: Callable[[], None]) -> None:
-        """Call `then` once, when none of these pages is on its way any more, or at `until`."""
-        self._waiters.append(Waiter(names, until, then))
+    def own(self, session: int, lower: Lower, namespace: bytes, parent: bytes) -> int:
+        """Bytes that are coming for a session before the page after `parent`: 0 unless that page is coming too."""
+        if namespace + parent not in self._fetches:
+            return 0
+        return sum(f.size for f in self._fetches.values() if f.lower is lower and session in f.askers)
+
+    def wait(self, names: set[Name], until: float, then: Callable[[], None]) -> float:
+        """Call `then` once: when none of these pages is on its way any more, or in a `tick` from what is returned on.
+
+        That is `until`, or earlier: when a tier turns out to be much slower than it was known to be.
+        """
+        late_at = max((fetch.late_at for name in names if (fetch := self._fetches.get(name))), default=until)
+        self._waiters.append(Waiter(names, min(until, late_at), then))
+        return min(until, late_at)
 
     def tick(self, now: float) -> None:
         """Let go of who has waited long enough."""
@@ -177,3 +199,8 @@ class Promotion:
 
     def slots(self) -> set[int]:
         return {slot for fetch in self._fetches.values() for slot in fetch.slots}
+
+
+def _batch_pages(disk: Disk, page_bytes: int) -> int:
+    size = disk.bytes_per_s * _AT_ONCE_S if disk.known else _AT_ONCE_BYTES
+    return max(1, min(_AT_ONCE, int(size // page_bytes)))

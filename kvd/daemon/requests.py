@@ -8,6 +8,7 @@ from kvd.storage.arena import slot_bytes_for, slots_per_extent
 
 MAX_TTL_S = 60.0
 MAX_SHARDS = 1024
+MAX_CHAIN = 1 << 32  # pages
 MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
 
 
@@ -51,3 +52,15 @@ def valid_ttl(ttl_s: float) -> float:
     if not 0 < ttl_s <= MAX_TTL_S:
         raise PeerError(f"a lease of {ttl_s} s: allowed is up to {MAX_TTL_S:.0f}")
     return ttl_s
+
+
+def valid_wait(wait_s: float) -> None:
+    """How long may a reader wait, in seconds?"""
+    if not 0 <= wait_s <= MAX_TTL_S:
+        raise PeerError(f"a wait of {wait_s} s: allowed is up to {MAX_TTL_S:.0f}")
+
+
+def valid_prefix(pages: int, parent: bytes) -> None:
+    """Can as many pages come before a lookup's, the last of which is `parent`?"""
+    if not 0 <= pages <= MAX_CHAIN or len(parent) not in (0, KEY_BYTES):
+        raise PeerError("a malformed prefix")

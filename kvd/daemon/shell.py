@@ -176,8 +176,13 @@ class Shell:
             if self._node.sessions.by_ticket(session.ticket) is session:
                 respond(self._node.lease(session, request, time.monotonic()))
 
-        self._node.promotion.wait(coming, now + min(request.wait_s, MAX_WAIT_S), here)
+        until = self._node.promotion.wait(coming, now + min(request.wait_s, MAX_WAIT_S), here)
+        asyncio.get_running_loop().call_later(until - now + 0.001, self._give_up_waiting)
         return None
+
+    def _give_up_waiting(self) -> None:
+        """Somebody's time may be up; ticks are too far apart for deadlines of this kind."""
+        self._node.promotion.tick(time.monotonic())
 
     def _drop(self, ticket: bytes, why: str) -> None:
         member = self._by_ticket.get(ticket)

@@ -67,7 +67,8 @@ def _below(below: Below, writeback: WriteBack, source: Lower) -> wire.TierStatus
     gauge = below.gauge
     counters = {
         **gauge.counters, "restarts": below.restarts, "waiting_to_be_written": len(writeback),
-        "loads_bytes_per_s": int(source.disk.bytes_per_s), "bytes_on_the_way": source.disk.on_the_way,
+        "loads_bytes_per_s": int(source.disk.bytes_per_s), "loads_latency_us": int(1e6 * source.disk.latency_s),
+        "bytes_on_the_way": source.disk.on_the_way,
     }  # fmt: skip
     return wire.TierStatus(
         below.name, gauge.bytes_total, gauge.bytes_used, gauge.pages, source.came, source.failed,
