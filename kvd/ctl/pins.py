@@ -21,9 +21,9 @@ KeyArgument = Annotated[
 def pin(
     key: KeyArgument, namespace: NamespaceOption = None, socket: SocketOption = None, as_json: JsonOption = False
 ) -> None:
-    """Keep a prefix: its pages, from the first to KEY, are not evicted.
+    """Keep a prefix: its pages are not evicted.
 
-    For prompts that must answer fast however long nobody sends them: a system prompt, a document. The pages stay in
+    All of them stay, from the prompt's first page to KEY. For prompts that must answer fast however long nobody sends them: a system prompt, a document. The pages stay in
     memory and, where there is one, on this node's disk tier; a shared tier does not know of pins. They outlive a
     restart of kvd; for a reboot of the node set `pins_file` to a path on a disk. Only what is in memory can be
     pinned: send the prompt once, then look for it in `kvdctl ls`. Pins may take half of the memory.
@@ -52,7 +52,9 @@ def unpin(
 
 
 def pins(socket: SocketOption = None, as_json: JsonOption = False) -> None:
-    """List the prefixes that are pinned, and how much of them is in memory.
+    """List the prefixes that are pinned.
+
+    Also how many of their pages are in memory, and how much of it pins may take.
 
     \b
     Exit status: 0 kvd answered, 1 kvd refused, 2 wrong usage, 3 no daemon reachable.
