@@ -222,14 +222,17 @@ class IndexWriter:
     def publish_lower(self, names: Sequence[bytes], tier: int) -> int:
         """Show that a tier (its bit) holds pages (namespace + key) that are not in RAM. How many found no room."""
         left: Sequence[bytes] = names
-        if len(names) >= _MANY and self._entries + len(names) <= self._limit:
+        room, refused = self._limit - self._entries, 0
+        if len(names) >= _MANY and (room >= len(names) or room <= 0):
             from kvd import indexmany  # numpy: only where there is a lower tier
 
-            entered = indexmany.enter(self._words, names, tier)
+            entered = indexmany.enter(self._words, names, tier, full=room <= 0)
             self._entries += entered.new
             self.lower += entered.new
-            left = [names[at] for at in entered.left]
-        return sum(not self._publish_lower(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:], tier) for name in left)
+            left, refused = [names[at] for at in entered.left], entered.refused
+        for name in left:
+            refused += not self._publish_lower(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:], tier)
+        return refused
 
     def _publish_lower(self, namespace: bytes, key: bytes, tier: int) -> bool:
         place = self.place(namespace, key)

@@ -23,6 +23,7 @@ class Entered(NamedTuple):
     """What came of a batch."""
 
     new: int  # entries that were taken for them
+    refused: int  # names that are not in the table, which is full
     left: list[int]  # names, by position, that are not: in RAM, or in each other's way; one by one it will be seen
 
 
@@ -37,8 +38,8 @@ class Names(NamedTuple):
         return Names(self.hi[which], self.lo[which], self.slot[which])
 
 
-def enter(words: memoryview, names: Sequence[bytes], tier: int) -> Entered:
-    """Show that a tier (its bit) holds pages (namespace + key). The table must have room for all of them."""
+def enter(words: memoryview, names: Sequence[bytes], tier: int, full: bool) -> Entered:
+    """Show that a tier (its bit) holds pages (namespace + key). The table has room for all of them, or is full."""
     entries = _entries(words)
     wanted = _names(names, len(entries) - 1)
     pending = np.arange(len(names))
@@ -50,6 +51,8 @@ def enter(words: memoryview, names: Sequence[bytes], tier: int) -> Entered:
         at, free = _find(entries, wanted.of(pending))
         lower = (at >= 0) & (entries[at, 2] >= LOWER)
         entries[at[lower], 2] |= np.uint64(tier)  # one store each: readers see the old tiers or the new
+        if full:
+            return Entered(0, int((at < 0).sum()), pending[(at >= 0) & ~lower].tolist())
         absent = (at < 0) & (free >= 0)
         left += pending[~lower & ~absent].tolist()
         pending, free = pending[absent], free[absent]
@@ -57,7 +60,7 @@ def enter(words: memoryview, names: Sequence[bytes], tier: int) -> Entered:
         _publish(entries, free[first], wanted.of(pending[first]), tier)
         new += len(first)
         pending = np.delete(pending, first)
-    return Entered(new, left + pending.tolist())
+    return Entered(new, 0, left + pending.tolist())
 
 
 def withdraw(words: memoryview, tier: int) -> int:

@@ -134,6 +134,14 @@ class Stock:
 
     def below_changed(self, tier: int, came: list[Name], left: list[Name]) -> None:
         """Names that a lower tier (its bit) holds now, or holds no more."""
+        self.counters["index_full"] += self.index.publish_lower(self._not_in_ram(tier, came), tier)
+        for name in left:
+            self._left(tier, name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
+
+    def _not_in_ram(self, tier: int, came: list[Name]) -> list[Name]:
+        """Those of the names; the other pages are told that the tier has them."""
+        if not len(self.residency):  # a start from nothing, with millions of names
+            return came
         absent: list[Name] = []
         for name in came:
             group = self.residency.get(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
@@ -141,9 +149,7 @@ class Stock:
                 absent.append(name)
             else:
                 group.below |= tier
-        self.counters["index_full"] += self.index.publish_lower(absent, tier)
-        for name in left:
-            self._left(tier, name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
+        return absent
 
     def _left(self, tier: int, namespace: bytes, key: bytes) -> None:
         group = self.residency.get(namespace, key)

@@ -5,7 +5,8 @@ gets a page: seconds from the one to the other. Nothing but the catalog is read.
 
 "kvd": a whole daemon over such a folder is killed, its memory (the RAM tier) is lost too, and it is started again:
 seconds from exec until a worker, which was attached before and attaches again by itself, has found a page by a lookup
-and read it. Of that "ready" is until the daemon answers, "known" until all names that the tier holds are in its index.
+and read it. Of that "ready" is until the daemon answers; then its tier's process is started, opens the tier and says
+all names that it holds, and the daemon enters them into its index.
 
 The folders hold pages of 4 KiB of zeros, made without writing each of them: their catalog and segments are the tier's.
 """
@@ -46,7 +47,7 @@ TYPICAL = 256 << 10  # bytes of a page below RAM by which kvd sizes its index: t
 def main() -> None:
     wanted = options(__doc__, _add_options)
     table = Table("Reopening after kill -9: seconds until the first page, median (min..max)",
-                  ("pages", "what", "seconds", "of it opened / ready", "known", "pages held"))  # fmt: skip
+                  ("pages", "what", "seconds", "of it opened / ready", "pages held"))  # fmt: skip
     with scratch(wanted.rest.dir) as folder, ExitStack() as stack:
         first: dict[int, bytes] = {}
         for count in COUNTS:
@@ -57,11 +58,11 @@ def main() -> None:
         nodes = [stack.enter_context(Node(folder, count)) for count in KVD_COUNTS]
         started = interleave([node.case for node in nodes], wanted.rounds(2, 7), warm_up=0)
     figures: dict[str, float] = {}
-    for samples, what, parts in ((tiers, "tier", ("s", "open_s")), (started, "kvd", ("kvd_s", "ready_s", "known_s"))):
+    for samples, what, parts in ((tiers, "tier", ("s", "open_s")), (started, "kvd", ("kvd_s", "ready_s"))):
         for count in COUNTS if what == "tier" else KVD_COUNTS:
             cells = [spread(samples.rounds.get(f"{part}_{count}"), 3) for part in parts]
             held = int(samples.median(f"held_{count}") or 0)
-            table.add(f"{count}", what, *cells, *[""] * (3 - len(cells)), f"{held}")
+            table.add(f"{count}", what, *cells, f"{held}")
             figures |= {f"{part}_{count}": round(samples.median(f"{part}_{count}") or 0, 4) for part in parts}
     table.notes.append("the kernel's cache holds the catalog, as it does after a crash of the process alone")
     finish("reopen", table, wanted, {}, figures)
@@ -196,7 +197,6 @@ class Node:
             return found and self._plugin.batch_get_v1(self._keys, self._slots) == [True]
 
         yield "ready_s", ready
-        yield "known_s", lambda: not self._tier().trouble
         yield "kvd_s", first
 
 
