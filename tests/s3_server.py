@@ -26,9 +26,10 @@ KEYS = ("kvd-tests", "kvd-tests-secret")
 
 
 class Server(NamedTuple):
-    """Where it listens: host:port."""
+    """Where it listens (host:port), and its process."""
 
     address: str
+    pid: int
 
     def make_bucket(self, of: str) -> "Place":
         """A bucket of its own for each `of`."""
@@ -92,7 +93,7 @@ def s3_server(kind: str, folder: Path) -> Iterator[Server]:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: _listens(port), 60, f"{kind} listens")
-        server = Server(f"127.0.0.1:{port}")
+        server = Server(f"127.0.0.1:{port}", process.pid)
         _warm_up(server)
         yield server
     finally:

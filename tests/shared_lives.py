@@ -24,9 +24,10 @@ class NodeProcess:
     """One life of a node, and what it said."""
 
     def __init__(
-        self, uri: str, node: str, seed: object, turns: int = FOR_EVER, failpoint: str = "", grace_s: float = 0.05
-    ) -> None:
-        arguments = [uri, node, str(seed), str(turns), str(grace_s)]
+        self, uri: str, node: str, seed: object, turns: int = FOR_EVER, failpoint: str = "", grace_s: float = 0.05,
+        poll_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        arguments = [uri, node, *map(str, (seed, turns, grace_s, poll_s))]
         environment = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.shared_process", *arguments],

@@ -9,7 +9,6 @@ import ctypes
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from kvd.storage.nvme.catalog import Record
 from kvd.storage.tier import Name
 from tests.failpoint_names import failpoint_names
 from tests.tier_samples import Sample, get, held, put, sample
+from tests.xfs_disk import XfsDisk, xfs_disk
 
 MIB = 1 << 20
 KINDS = ((60_000, 1), (9_000, 2), (60_000, 1), (200_000, 2))
@@ -180,55 +180,34 @@ def test_killed_at_random_moments_for_a_long_time(tmp_path: Path) -> None:
 # -- power loss --------------------------------------------------------------------------------------------
 
 
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else (done.stderr.strip() or f"{command[0]} failed")
-
-
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """An XFS in a file: (image, mount point)."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    image, mount = tmp_path / "disk.img", tmp_path / "mnt"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(320 * MIB)
-    try:
-        why = run("mkfs.xfs", "-q", image) or run("mount", "-o", "loop", image, mount)
-    except FileNotFoundError:
-        why = "xfsprogs is not installed"
-    if why:
-        pytest.skip(f"no XFS can be mounted here: {why}")
-    try:
-        yield image, mount
-    finally:
-        run("umount", mount)
+def disk(tmp_path: Path) -> Iterator[XfsDisk]:
+    with xfs_disk(tmp_path) as disk:
+        yield disk
 
 
-def lose_power(disk: tuple[Path, Path], seed: int, there: set[int], seconds: float) -> set[int]:
+def lose_power(disk: XfsDisk, seed: int, there: set[int], seconds: float) -> set[int]:
     """Run a child, let the kernel write back some pages out of order, shut the file system down, mount it again."""
-    image, mount = disk
-    process = Child(mount / "tier", seed, 10_000)
+    folder = disk.mount_point / "tier"
+    process = Child(folder, seed, 10_000)
     rng, until = random.Random(seed), time.monotonic() + seconds
     libc = ctypes.CDLL(None, use_errno=True)
     while time.monotonic() < until:
-        catalog = mount / "tier" / "catalog" / "data.mdb"
+        catalog = folder / "catalog" / "data.mdb"
         if catalog.exists():
             descriptor = os.open(catalog, os.O_RDWR)
             at = rng.randrange(max(1, os.fstat(descriptor).st_size)) // 65536 * 65536
             libc.sync_file_range(descriptor, ctypes.c_int64(at), ctypes.c_int64(65536), 7)
             os.close(descriptor)
         time.sleep(0.002)
-    assert not run("xfs_io", "-x", "-c", "shutdown", mount)  # without a log flush: nothing more reaches the image
+    disk.cut()
     process.kill()
     end = process.end(there)
-    assert not run("umount", mount)
-    assert not run("mount", "-o", "loop", image, mount)
-    return check(mount / "tier", end)
+    disk.power_up()
+    return check(folder, end)
 
 
-def test_acknowledged_pages_survive_power_loss(disk: tuple[Path, Path]) -> None:
+def test_acknowledged_pages_survive_power_loss(disk: XfsDisk) -> None:
     there = set[int]()
     for seed in range(4):
         there = lose_power(disk, seed, there, 0.5 + seed / 4)
@@ -238,7 +217,7 @@ def test_acknowledged_pages_survive_power_loss(disk: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("first", [1000, 2000, 3000])
-def test_acknowledged_pages_survive_power_loss_for_a_long_time(disk: tuple[Path, Path], first: int) -> None:
+def test_acknowledged_pages_survive_power_loss_for_a_long_time(disk: XfsDisk, first: int) -> None:
     rng, there = random.Random(first), set[int]()
     for seed in range(first, first + 75):
         there = lose_power(disk, seed, there, 0.3 + rng.random() * 0.7)

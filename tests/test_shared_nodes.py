@@ -41,7 +41,8 @@ def test_a_node_killed_at_a_step_leaves_whole_files_only(tmp_path: Path, step: s
 
 def test_what_a_reader_holds_is_not_deleted_under_it(tmp_path: Path) -> None:
     """Writers that merge all the time, one of them killed; a reader that looks for news within the grace period."""
-    reader, other = (NodeProcess(str(tmp_path), name, name, grace_s=3) for name in ("reader", "other"))
+    reader = NodeProcess(str(tmp_path), "reader", 1, grace_s=3, poll_s=1)
+    other = NodeProcess(str(tmp_path), "other", 2, grace_s=3)
     lives, seen = [reader, other], set[Path]()
 
     def deleted() -> int:

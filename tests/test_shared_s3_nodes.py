@@ -1,5 +1,6 @@
 """Nodes of a shared tier in a bucket, killed: processes of the tier alone, and whole daemons."""
 
+import os
 import random
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from kvd import wire
 from tests.failpoint_names import failpoint_names
-from tests.harness import MIB, Daemon, PluginProcess, eventually, span
+from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
 from tests.s3_server import SERVERS, Place, Server, s3_server
 from tests.shared_lives import NodeProcess, check, killed_at_random
 
@@ -74,31 +75,54 @@ def test_of_two_daemons_one_is_killed_while_it_stores(bucket: Place, tmp_path: P
     with (
         Daemon(tmp_path / "first", 16, 4, **settings, shared__node="first") as first,
         Daemon(tmp_path / "second", 16, 4, **settings, shared__node="second") as second,
+        PluginProcess(first.socket) as here,
+        PluginProcess(second.socket) as there,
     ):
         works(second)
+        assert there.do("wait")
         for round_ in range(2):
             works(first)
-            before = shared(first).pages
-            with PluginProcess(first.socket) as here:
-                assert here.do("wait")
-                here.do("put", keys=span(100, round_))
-                eventually(lambda least=before: shared(first).pages > least, 30, "its first pages are stored")
-                here.do("put", keys=span(100, 10 + round_))
-                time.sleep(rng.random() * 0.3)  # at any time
-                stored = shared(first).pages
-                if round_ % 2:
-                    (tier,) = psutil.Process(first.status().pid).children()
-                    tier.kill()
-                    eventually(lambda: shared(first).counters["restarts"] == 1, 10)
-                first.kill()
+            assert here.do("wait")
+            reattached(here)
+            here.do("put", keys=span(100, round_))
+            eventually(lambda: first.status().counters.get("pages_written_back", 0) >= 100, 30, "acknowledged")
+            here.do("put", keys=span(100, 10 + round_))
+            time.sleep(rng.random() * 0.3)  # at any time
+            if round_ % 2:
+                (tier,) = psutil.Process(first.status().pid).children()
+                tier.kill()
+                eventually(lambda: shared(first).counters["restarts"] == 1, 10)
+            first.kill()
             first.arena_path.unlink()
             first.start()
-            eventually(lambda least=stored: shared(second).pages >= least, 30, "what was acknowledged")
-            with PluginProcess(second.socket) as there:
-                assert there.do("wait")
-                seen: set[str] = set()
-                for conversation in (round_, 10 + round_):
-                    seen |= read(there, conversation)
-                eventually(lambda there=there, n=round_: "right" in read(there, n), 30, "its bytes come too")
-                assert seen <= {"right", "miss"}
+            eventually(lambda n=round_: read(there, n) == {"right"}, 30, "what was acknowledged")
+            assert read(there, 10 + round_) <= {"right", "miss"}
         assert first.faults() == second.faults() == []
+
+
+def test_a_server_that_hangs_costs_a_deadline(bucket: Place, tmp_path: Path) -> None:
+    settings = {"shared__uri": bucket.uri, "shared__node": "n", "shared__write_delay_s": 0.0}
+    with Daemon(tmp_path / "run", 16, 4, **settings) as daemon, PluginProcess(daemon.socket) as worker:
+        works(daemon)
+        assert worker.do("wait")
+        worker.do("put", keys=span(100))
+        eventually(lambda: shared(daemon).pages == 100, 30, "all is stored")
+        daemon.kill()
+        daemon.arena_path.unlink()
+        daemon.start()
+        works(daemon)
+        reattached(worker)
+        os.kill(bucket.server.pid, signal.SIGSTOP)
+        try:
+            assert worker.do("exists", keys=span(100)) == 100, "it is not known yet"
+            assert worker.seconds < 0.25
+            assert worker.do("take", keys=span(100)) == ["miss"] * 100
+            assert worker.seconds < 1.8
+            worker.do("put", keys=span(100, 1))
+            assert read(worker, 1) == {"right"}, "RAM does not care"
+            assert worker.do("circuit") == "closed"
+        finally:
+            os.kill(bucket.server.pid, signal.SIGCONT)
+        eventually(lambda: read(worker, 0) == {"right"}, 30, "it brings them again")
+        eventually(lambda: shared(daemon).pages == 200, 30, "and takes what is new")
+        assert daemon.faults() == []
