@@ -68,6 +68,8 @@ class Decision:
     disk_bytes_per_s: float
     prefill_tokens_per_s: float
     bytes_on_the_way: int
+    page_bytes: int  # of all shards
+    page_tokens: int
     reason: Reason
 
 
@@ -76,7 +78,9 @@ def decide(
 ) -> Decision:
     """For a prefix of `wanted` pages that are on this disk. `page_bytes` are of all shards."""
     pages, reason = _choose(disk, wanted, page_bytes, page_tokens, prefill_tokens_per_s, now)
-    return Decision(pages, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way, reason)
+    return Decision(
+        pages, wanted, disk.bytes_per_s, prefill_tokens_per_s, disk.on_the_way, page_bytes, page_tokens, reason
+    )
 
 
 def _choose(
