@@ -307,6 +307,8 @@ class GateDecision(Message, tag="decision", frozen=True):
     tier_bytes_per_s: float
     tier_bytes_queued: int
     prefill_tokens_per_s: float
+    page_bytes: int  # of all shards
+    page_tokens: int
     reason: str  # one of a few, for programs
     words: str  # the same, for people
 

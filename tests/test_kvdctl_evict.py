@@ -24,6 +24,9 @@ def test_a_prefix_leaves_by_the_beginning_of_its_key(daemon: Daemon) -> None:
         assert json.loads(ran.stdout) == {"ram": 4, "held": 0, "tiers": []}
         assert (held(worker, keys), held(worker, other)) == (2, 3)
     assert daemon.faults() == []
+    daemon.kill()
+    daemon.start()
+    assert daemon.status().warm_pages == 5, "memory that outlives kvd does not bring them back"
 
 
 def test_it_asks_first_and_takes_no_for_an_answer(daemon: Daemon) -> None:

@@ -39,6 +39,8 @@ def test_a_decision_and_what_it_was_made_from(tmp_path: Path) -> None:
     assert later["tier_bytes_per_s"] > 20 * PAGE / 5
     assert (later["worker"], later["pool"], later["tier"]) == ("model rank 0/1", "kv", "nvme")
     assert later["prefill_tokens_per_s"] == 1e9
+    assert (later["page_bytes"], later["page_tokens"]) == (PAGE, 16)
+    assert f"/s = {later['tier_bytes_per_s'] / PAGE * 16:,.0f} tokens/s" in table
     assert sooner["age_s"] >= later["age_s"] >= 0
     assert "the tier is slower than computing" in table
     assert "1,000,000,000 tokens/s" in table

@@ -22,7 +22,7 @@ SPEC = wire.NamespaceSpec(TICKET, 1 << 20, 64, 1, 2, "kv", "model rank 1/2", byt
 TIER = wire.TierStatus("ram", 1 << 30, 1 << 20, 1, 2, 3, 4, 5, 6, 7)
 WORKER = wire.WorkerStatus(3, 4242, "model rank 0/1", 1.5, ["kv"], "1/1", "closed", 1, 0, {"get_pages": 2})
 DECISION = wire.GateDecision(
-    1.5, 3, 4242, "model rank 0/1", "kv", "nvme", 15, 0, 1e9, 1 << 20, 1234.5, "slower", "the tier is slower"
+    1.5, 3, 4242, "model rank 0/1", "kv", "nvme", 15, 0, 1e9, 1 << 20, 1234.5, 4096, 64, "slower", "the tier is slower"
 )
 SAMPLES: list[wire.Message] = [
     wire.Hello(1, "worker", "model rank 0/1"),

@@ -30,9 +30,9 @@ def command(last: LastOption = 20, socket: SocketOption = None, as_json: JsonOpt
     A worker that looks up a prefix may find pages of it in a tier below memory. Loading them costs time on that
     tier, not loading them costs the worker the computing of their tokens; kvd fetches as many as pay, and answers
     with a shorter hit for the rest. Each line is one such decision: how many pages were wanted and how many of them
-    were worth it, what that was decided from, and why. "tier reads" is what the tier was measured to bring, "before
-    it" what had been asked of it already, "computes" what the worker was measured to compute; "?" was never measured.
-    The last 512 decisions are kept.
+    were worth it, what that was decided from, and why. "tier reads" is what the tier was measured to bring, and how
+    many tokens that is; "before it" what had been asked of it already; "computes" what the worker was measured to
+    compute; "?" was never measured. The last 512 decisions are kept.
 
     \b
     Examples:
@@ -66,8 +66,16 @@ def _row(made: wire.GateDecision) -> tuple[object, ...]:
         made.tier,
         made.wanted,
         made.pages,
-        f"{size(int(made.tier_bytes_per_s))}/s" if made.tier_bytes_per_s else "?",
+        _speed(made),
         size(made.tier_bytes_queued),
         f"{made.prefill_tokens_per_s:,.0f} tokens/s" if made.prefill_tokens_per_s else "?",
         made.words,
     )
+
+
+def _speed(made: wire.GateDecision) -> str:
+    """In bytes, and in what "computes" is compared with."""
+    if not made.tier_bytes_per_s:
+        return "?"
+    tokens = made.tier_bytes_per_s / made.page_bytes * made.page_tokens
+    return f"{size(int(made.tier_bytes_per_s))}/s = {tokens:,.0f} tokens/s"

@@ -23,10 +23,11 @@ def pin(
 ) -> None:
     """Keep a prefix: its pages are not evicted.
 
-    All of them stay, from the prompt's first page to KEY. For prompts that must answer fast however long nobody sends them: a system prompt, a document. The pages stay in
-    memory and, where there is one, on this node's disk tier; a shared tier does not know of pins. They outlive a
-    restart of kvd; for a reboot of the node set `pins_file` to a path on a disk. Only what is in memory can be
-    pinned: send the prompt once, then look for it in `kvdctl ls`. Pins may take half of the memory.
+    All of them stay, from the prompt's first page to KEY: for prompts that must answer fast however long nobody sends
+    them, a system prompt or a document. They stay in memory and, where there is one, on this node's disk tier; a
+    shared tier does not know of pins. They outlive a restart of kvd; for a reboot of the node set `pins_file` to a
+    path on a disk. Only what is in memory can be pinned: send the prompt once, then look for it in `kvdctl ls`. Pins
+    may take half of the memory.
 
     \b
     Examples:

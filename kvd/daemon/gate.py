@@ -70,6 +70,8 @@ class Decision:
     disk_bytes_per_s: float
     prefill_tokens_per_s: float  # tokens that need not be computed, by the seconds which that saves
     bytes_on_the_way: int
+    page_bytes: int  # of all shards
+    page_tokens: int
     reason: Reason
     load_s: float = 0.0  # of what can be here in time
     saved_s: float = 0.0
@@ -88,20 +90,23 @@ def decide(
     if not disk.known:
         known, pages = prefill.known, 0 if prefill.known else wanted
         probe = min(wanted, PROBE_PAGES) if known else 0
-        return Decision(pages, wanted, 0.0, 0.0, queued, "untried" if known else "speed unknown", probe=probe)
+        reason: Reason = "untried" if known else "speed unknown"
+        return Decision(pages, wanted, 0.0, 0.0, queued, page_bytes, page_tokens, reason, probe=probe)
     in_time = int(((wait_s - disk.latency_s) * disk.bytes_per_s - queued) // page_bytes)
     pages = min(wanted, max(0, in_time))
     queue_s, own_s = queued / disk.bytes_per_s, disk.latency_s + pages * page_bytes / disk.bytes_per_s
     tokens = pages * page_tokens
     saved_s = prefill.saved_s(before, tokens)
-    reason: Reason = "late" if pages < wanted else "pays" if prefill.known else "speed unknown"
+    reason = "late" if pages < wanted else "pays" if prefill.known else "speed unknown"
     probe = 0
     if prefill.known and pages and queue_s + own_s > SURE * saved_s:
         pages, reason = 0, "no use" if saved_s <= 0 else "slower" if own_s > SURE * saved_s else "queue"
     if not pages and not disk.on_the_way and now - disk.measured_at > _good_for_s(disk):
         probe, reason = min(wanted, PROBE_PAGES), "stale"
     rate = tokens / saved_s if saved_s > 0 else 0.0
-    return Decision(pages, wanted, disk.bytes_per_s, rate, queued, reason, queue_s + own_s, saved_s, probe)
+    return Decision(
+        pages, wanted, disk.bytes_per_s, rate, queued, page_bytes, page_tokens, reason, queue_s + own_s, saved_s, probe
+    )
 
 
 def _good_for_s(disk: Disk) -> float:

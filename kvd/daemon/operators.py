@@ -53,8 +53,8 @@ def _decisions(node: Node, lower: Sequence[Below], limit: int, now: float) -> wi
         wire.GateDecision(
             now - made.at, made.session, made.pid, made.worker, made.pool, names[made.tier],
             made.decision.wanted, made.decision.pages, made.decision.disk_bytes_per_s,
-            made.decision.bytes_on_the_way, made.decision.prefill_tokens_per_s,
-            made.decision.reason, WORDS[made.decision.reason],
+            made.decision.bytes_on_the_way, made.decision.prefill_tokens_per_s, made.decision.page_bytes,
+            made.decision.page_tokens, made.decision.reason, WORDS[made.decision.reason],
         )
         for made in node.decisions.last(limit)
     ]  # fmt: skip
