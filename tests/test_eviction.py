@@ -12,7 +12,8 @@ from kvd import wire
 from kvd.daemon import eviction
 from kvd.daemon.decisions import MOST, Decisions
 from kvd.daemon.eviction import Selection, evict_names, evict_part
-from kvd.daemon.gate import Disk, decide
+from kvd.daemon.gate import Prefill, decide
+from kvd.daemon.speed import Disk
 from kvd.errors import PeerError
 from kvd.storage.lineage import following
 from tests.test_lower import TwoTierMachine, TwoTiers
@@ -59,7 +60,7 @@ def test_what_is_leased_stays_with_what_comes_before_it(world: World) -> None:
     evicted, held = evict(world, key=KEYS[0][7])
     assert (evicted, held) == (5, 3)
     assert there(world, KEYS[0], namespace(1)) == [True] * 10 + [False] * 5
-    world.node.release(reader, leased.lease, [])
+    world.node.release(reader, leased.lease, [], world.now)
     assert evict(world, key=KEYS[0][7]) == (3, 0)
 
 
@@ -190,7 +191,7 @@ def test_the_ring_of_decisions_is_bounded_and_newest_first() -> None:
     ring, world = Decisions(), World()
     session = world.session(spec(1))
     for number in range(MOST + 9):
-        ring.add(float(number), session, "kv", 2, decide(Disk(), number, 4096, 4, 0.0, 1.0))
+        ring.add(float(number), session, "kv", 2, decide(Disk(), number, 4096, 4, Prefill(0.0), 1.0))
     assert (len(ring), ring.total) == (MOST, MOST + 9)
     assert [made.at for made in ring.last(2)] == [MOST + 8.0, MOST + 7.0]
     assert len(ring.last(10_000)) == MOST
