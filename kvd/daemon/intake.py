@@ -52,9 +52,11 @@ class Intake:
             if self._skip(spec, key, last, now):
                 verdict = wire.HELD
             elif not full:
-                of = trait(depth + position if request.chained else 0, fresh, last)
-                slot = self._space.take(line, now, len(keys) - position, self._stock.bar(spec.digest, key, of))
-                full = slot is None
+                slot = self._arena.take(line[0])
+                if slot is None:
+                    of = trait(depth + position if request.chained else 0, fresh, last)
+                    slot = self._space.take(line, now, len(keys) - position, self._stock.bar(spec.digest, key, of))
+                    full = slot is None
             if slot is None:
                 rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
                 if verdict == wire.WRITE:

@@ -57,8 +57,9 @@ class Pins:
 
     def admitted(self, group: Group) -> None:
         """A page has become resident."""
-        for _ in range(self._counts[group.namespace + group.key]):
-            self._stock.departures.pin(group)
+        if self._counts:
+            for _ in range(self._counts[group.namespace + group.key]):
+                self._stock.departures.pin(group)
 
     def pin(self, chain: Sequence[Group]) -> None:
         """From now on these pages stay, the last one's ancestors first. Raises Refused."""

@@ -64,7 +64,7 @@ class Stock:
         owner = self.labels.tenant(namespace)
         group = self.residency.admit(namespace, key, parent, slots, length, size_class, owner, kind, now)
         self.quotas.charge(owner, group.bytes)
-        group.below = self.below(namespace, key)
+        group.below = self.below(namespace, key) if self.index.lower else 0
         if not self.index.publish(namespace, key, group.place, group.depth):
             self._make_room_in_index(group, now)
             if not self.index.publish(namespace, key, group.place, group.depth):
