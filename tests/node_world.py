@@ -93,7 +93,7 @@ class World:
     def take(self, session: Session, keys: list[bytes], ns: int = 0, bad: bool = False) -> list[bool]:
         """Lease, verify as a worker does, release. True where right bytes came."""
         s = session.namespaces[ns]
-        leased = self.node.lease(session, wire.LeasePages(1, ns, b"".join(keys), 5.0), self.now)
+        leased = self.node.reading.lease(session, wire.LeasePages(1, ns, b"".join(keys), 5.0), self.now)
         got, wrong = [], []
         for key, (offset, _, length, checksum) in zip(keys, wire.LEASED_ROW.iter_unpack(leased.rows), strict=True):
             data = bytes(self.memory[offset : offset + length])
@@ -104,7 +104,7 @@ class World:
                 wrong.append(sum(got) + len(wrong))
             got.append(right)
         if leased.lease:
-            self.node.release(session, leased.lease, wrong, self.now)
+            self.node.reading.release(session, leased.lease, wrong, self.now)
         return got
 
     def leading(self, keys: list[bytes], ns: bytes) -> int:

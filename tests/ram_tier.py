@@ -90,11 +90,11 @@ class RamTier:
         page = self._page(group)
         for shard, buffer in enumerate(buffers):
             session = self._session(group.namespace, group.length, shard, len(buffers))
-            leased = self.node.lease(session, wire.LeasePages(1, 0, group.key, 5.0), self._now)
+            leased = self.node.reading.lease(session, wire.LeasePages(1, 0, group.key, 5.0), self._now)
             offset, _, length, checksum = wire.LEASED_ROW.unpack(leased.rows)
             buffer[:length] = self._memory[offset : offset + length]
             right = length > 0 and xxhash.xxh3_128_digest(buffer[:length]) == checksum
-            self.node.release(session, leased.lease, [] if right else [0], self._now)
+            self.node.reading.release(session, leased.lease, [] if right else [0], self._now)
             if not right:
                 return None
         return page

@@ -12,8 +12,11 @@ from tests.node_world import KEYS, PAGES, World, namespace
 SLOT = slot_bytes_for(PAGES[1])
 
 
+TENANTS = ("a", "small", "greedy", "other")
+
+
 def of(tenant: str) -> wire.NamespaceSpec:
-    return wire.NamespaceSpec(namespace(hash(tenant) % 200), PAGES[1], 4, 0, 1, "kv", "test", tenant=tenant)
+    return wire.NamespaceSpec(namespace(TENANTS.index(tenant)), PAGES[1], 4, 0, 1, "kv", "test", tenant=tenant)
 
 
 def conversation(n: int, pages: int) -> list[bytes]:

@@ -56,11 +56,11 @@ def test_a_page_goes_with_all_that_follow_it(world: World) -> None:
 
 def test_what_is_leased_stays_with_what_comes_before_it(world: World) -> None:
     reader = world.session(spec(1))
-    leased = world.node.lease(reader, wire.LeasePages(1, 0, KEYS[0][9], 5.0), world.now)
+    leased = world.node.reading.lease(reader, wire.LeasePages(1, 0, KEYS[0][9], 5.0), world.now)
     evicted, held = evict(world, key=KEYS[0][7])
     assert (evicted, held) == (5, 3)
     assert there(world, KEYS[0], namespace(1)) == [True] * 10 + [False] * 5
-    world.node.release(reader, leased.lease, [], world.now)
+    world.node.reading.release(reader, leased.lease, [], world.now)
     assert evict(world, key=KEYS[0][7]) == (3, 0)
 
 

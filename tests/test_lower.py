@@ -98,7 +98,7 @@ class TwoTiers(World):
 
     def lookup(self, session: Session, keys: list[bytes], ns: int = 0) -> int:
         request = wire.Lookup(1, ns, b"".join(keys), 10.0)
-        return self.node.lookup(session, request, self.now).pages
+        return self.node.reading.lookup(session, request, self.now).pages
 
     def evict_all(self) -> None:
         """Everything leaves RAM that nobody holds."""
@@ -204,7 +204,7 @@ def test_a_reader_is_told_when_its_pages_are_here_or_time_is_up(world: TwoTiers)
     told: list[str] = []
     for name, keys in (("first", KEYS[0]), ("second", KEYS[1])):
         request = wire.LeasePages(1, 0, b"".join(keys), 5.0, 2.0)
-        coming = world.node.on_the_way(session, request, world.now)
+        coming = world.node.reading.on_the_way(session, request, world.now)
         assert len(coming) == 15
         world.node.promotion.wait(coming, world.now + 2.0, lambda name=name: told.append(name))  # type: ignore[misc]
     world.tier.answer(1)
@@ -225,7 +225,7 @@ def test_a_reader_gives_up_when_the_tier_is_much_slower_than_it_was(world: TwoTi
     lower.disk.observe(1 << 30, 1.0, world.now)
     told: list[int] = []
     request = wire.LeasePages(1, 0, b"".join(KEYS[0]), 5.0, 2.0)
-    coming = world.node.on_the_way(session, request, world.now)
+    coming = world.node.reading.on_the_way(session, request, world.now)
     until = world.node.promotion.wait(coming, world.now + 2.0, lambda: told.append(1))
     assert world.now < until < world.now + 0.5
     world.now = until
@@ -283,8 +283,8 @@ def test_the_second_batch_of_a_prefix_is_not_charged_for_the_first(world: TwoTie
         asker.counters = {"prefill_ns_per_token": int(1.5e9 * page_s / spec(1).page_tokens)}
     assert world.lookup(session, KEYS[0][:8]) == 8
     ask = wire.Lookup(1, 0, b"".join(KEYS[0][8:]), 10.0, 1.0, 8, KEYS[0][7])
-    assert world.node.lookup(other, ask, world.now).pages == 0, "it would wait for another's"
-    assert world.node.lookup(session, ask, world.now).pages == 7
+    assert world.node.reading.lookup(other, ask, world.now).pages == 0, "it would wait for another's"
+    assert world.node.reading.lookup(session, ask, world.now).pages == 7
 
 
 def test_a_queue_that_is_full_drops_the_oldest_and_nobody_waits(

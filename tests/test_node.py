@@ -129,14 +129,14 @@ def test_eviction_takes_leaves_and_keeps_what_is_leased() -> None:
     worker = world.session(spec(1))
     first, second = KEYS[0], KEYS[1]
     assert world.put(worker, first[:8]) == 8
-    leased = world.node.lease(worker, wire.LeasePages(1, 0, b"".join(first[:4]), 50.0), world.now)
+    leased = world.node.reading.lease(worker, wire.LeasePages(1, 0, b"".join(first[:4]), 50.0), world.now)
     for n in range(6):
         world.now += 1
         world.put(worker, chain([n, 7, *range(100 * n, 100 * n + 50)], 4))
     assert world.node.counters["ram_evicted"] > 0
     assert world.take(worker, first[:4]) == [True] * 4
     assert world.leading(first, namespace(1)) >= 4
-    world.node.release(worker, leased.lease, [], world.now)
+    world.node.reading.release(worker, leased.lease, [], world.now)
     assert world.put(worker, second) > 0
     assert world.node.faults() == []
 
@@ -191,9 +191,9 @@ def test_a_damaged_page_is_quarantined_and_its_descendants_stay() -> None:
     worker = world.session(spec(1))
     keys = KEYS[0][:6]
     world.put(worker, keys)
-    leased = world.node.lease(worker, wire.LeasePages(1, 0, keys[2], 5.0), world.now)
+    leased = world.node.reading.lease(worker, wire.LeasePages(1, 0, keys[2], 5.0), world.now)
     offset = wire.LEASED_ROW.unpack(leased.rows)[0]
-    world.node.release(worker, leased.lease, [], world.now)
+    world.node.reading.release(worker, leased.lease, [], world.now)
     world.memory[offset + 17] ^= 1
     assert world.take(worker, keys) == [True, True, False, True, True, True]
     assert world.node.counters["corrupt_payload"] == 1
@@ -219,7 +219,7 @@ def test_requests_out_of_bounds_cost_the_peer_its_session(request_: wire.LeasePa
     world = World()
     worker = world.session(spec(1))
     with pytest.raises(PeerError):
-        world.node.lease(worker, request_, world.now)
+        world.node.reading.lease(worker, request_, world.now)
     assert world.node.faults() == []
 
 
@@ -289,10 +289,10 @@ def test_a_lookup_out_of_bounds_costs_the_peer_its_session(wait_s: float, before
     world = World()
     session = world.session(spec(1))
     with pytest.raises(PeerError):
-        world.node.lookup(session, wire.Lookup(1, 0, KEYS[0][0], 5.0, wait_s, before, parent), world.now)
+        world.node.reading.lookup(session, wire.Lookup(1, 0, KEYS[0][0], 5.0, wait_s, before, parent), world.now)
     if before == 0:
         with pytest.raises(PeerError):
-            world.node.on_the_way(session, wire.LeasePages(1, 0, KEYS[0][0], 5.0, wait_s), world.now)
+            world.node.reading.on_the_way(session, wire.LeasePages(1, 0, KEYS[0][0], 5.0, wait_s), world.now)
 
 
 def test_a_peer_that_hoards_leases_is_dropped_and_its_lookups_cost_nothing() -> None:
@@ -301,13 +301,13 @@ def test_a_peer_that_hoards_leases_is_dropped_and_its_lookups_cost_nothing() -> 
     keys = KEYS[0][:3]
     world.put(honest, keys)
     lookup = wire.Lookup(1, 0, b"".join(keys), 5.0)
-    assert world.node.lookup(greedy, lookup, world.now).pages == 3
+    assert world.node.reading.lookup(greedy, lookup, world.now).pages == 3
     for _ in range(MAX_HELD):
-        world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
-        assert world.node.lookup(greedy, lookup, world.now).pages == 3
+        world.node.reading.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
+        assert world.node.reading.lookup(greedy, lookup, world.now).pages == 3
     assert world.node.leases.counts(greedy.id)[0] == MAX_HELD + 3, "a promise is one per page, however often given"
     with pytest.raises(PeerError, match="asks for more"):
-        world.node.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
+        world.node.reading.lease(greedy, wire.LeasePages(1, 0, keys[0], 50.0), world.now)
     world.node.bury(greedy)
     assert world.take(honest, keys) == [True] * 3
     assert world.node.faults() == []
@@ -319,7 +319,7 @@ def test_a_promise_ends_with_the_read_that_it_was_for() -> None:
     keys = KEYS[0][:3]
     world.put(session, keys)
     for _ in range(2):
-        world.node.lookup(session, wire.Lookup(1, 0, b"".join(keys), 5.0), world.now)
+        world.node.reading.lookup(session, wire.Lookup(1, 0, b"".join(keys), 5.0), world.now)
     (line,) = world.node.stock.departures.offers()
     world.take(session, keys)
     assert world.node.space.evict(line, 3, world.now) == 0, "another lookup still waits for its read"

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Protocol
 
 from kvd import wire
-from kvd.daemon.decisions import Decisions
-from kvd.daemon.gate import Prefill, decide
 from kvd.daemon.group import Group
 from kvd.daemon.hints import Hints, Listener
 from kvd.daemon.intake import Intake
 from kvd.daemon.pins import Pins
 from kvd.daemon.promotion import Lower, Promotion, Source
+from kvd.daemon.reading import Reading
 from kvd.daemon.recovery import whole_pages
-from kvd.daemon.requests import bounded, joined, keys_of, valid_namespace, valid_prefix, valid_ttl, valid_wait
+from kvd.daemon.requests import MAX_NAMESPACES, valid_namespace
 from kvd.daemon.sessions import Session, Sessions
 from kvd.daemon.stock import Stock
 from kvd.daemon.writeback import Sink, WriteBack
@@ -28,7 +27,6 @@ from kvd.storage.quota import Quotas
 from kvd.storage.tier import Name
 from kvd.storage.worth import UNKNOWN
 
-MAX_NAMESPACES = 256  # of one session
 EXPIRE_EVERY_S, EXPIRE_AT_ONCE = 10.0, 4096  # pages that outstayed their time to live
 
 
@@ -57,10 +55,9 @@ class Node:
         self.space = stock.space
         self.intake = Intake(stock)
         self.promotion = Promotion(stock)
+        self.reading = Reading(stock, self.promotion)
         self.writebacks: list[WriteBack] = []
         self.hints: list[Hints] = []
-        self.decisions = Decisions()
-        self._prefill: dict[bytes, Prefill] = {}  # by namespace, the last known
         stock.on_admit = self._admitted
         stock.on_use = self._used
         self.warm_pages = 0
@@ -120,136 +117,6 @@ class Node:
             self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids
-
-    # -- reading -------------------------------------------------------------------------------------------
-
-    def lookup(self, session: Session, request: wire.Lookup, now: float) -> wire.Found:
-        """How many leading pages are held; promised for `ttl_s`; what is not in RAM is fetched meanwhile."""
-        spec = joined(session, request.ns)
-        keys, ttl_s = keys_of(request.keys), valid_ttl(request.ttl_s)
-        valid_wait(request.wait_s)
-        valid_prefix(request.before, request.parent)
-        groups: list[Group | None] = []  # None: not in RAM
-        for key in keys:
-            group = self.residency.get(spec.digest, key)
-            if group is None and self.index.place(spec.digest, key) is None:
-                break
-            groups.append(group)
-        found = tuple(group for group in groups if group is not None)
-        self.leases.promise(session.id, found, now + ttl_s)  # before a fetch makes room
-        pages = self._worth(session, spec, request, keys, groups, now)
-        for position, group in enumerate(groups[:pages]):
-            if group is None and not self.promotion.fetch(session.id, spec, keys[position], now + ttl_s, now):
-                pages = position
-                break
-        self.promotion.send()
-        return wire.Found(request.request, pages)
-
-    def _worth(
-        self, session: Session, spec: wire.NamespaceSpec, request: wire.Lookup, keys: list[bytes],
-        groups: list[Group | None], now: float,
-    ) -> int:  # fmt: skip
-        """How many leading pages to give, when those that are not in RAM (None) have to be fetched first."""
-        places: dict[int, list[int]] = {}  # positions, by the bit of the tier that has them
-        for position, group in enumerate(groups):
-            if group is None:
-                lower = self.promotion.where(spec.digest, keys[position])
-                if lower is None and not self.promotion.on_the_way(spec.digest, [keys[position]]):
-                    groups = groups[:position]
-                    break
-                if lower is not None:
-                    places.setdefault(lower.bit, []).append(position)
-        pages = len(groups)
-        prefill = self._prefill_of(session, spec)
-        for lower in self.promotion.tiers:
-            below = places.get(lower.bit, [])
-            if not below:
-                continue
-            own = self.promotion.own(session.id, lower, spec.digest, request.parent)
-            tokens = (request.before + below[0]) * spec.page_tokens
-            decision = decide(
-                lower.disk, len(below), spec.page_bytes * spec.shards, spec.page_tokens, prefill, now,
-                tokens, own, request.wait_s,
-            )  # fmt: skip
-            self.decisions.add(now, session, spec.pool, lower.bit, decision)
-            self.counters[f"gate_{decision.reason.replace(' ', '_')}"] += 1
-            for position in below[: decision.probe]:
-                self.promotion.fetch(session.id, spec, keys[position], now, now)
-            if decision.pages < len(below):
-                self.counters["gate_refused_pages"] += len(below) - decision.pages
-                pages = min(pages, below[decision.pages])
-        return pages
-
-    def _prefill_of(self, session: Session, spec: wire.NamespaceSpec) -> Prefill:
-        """What computing costs a worker; of one that has just started, what it cost others of its kind."""
-        prefill = Prefill.of(session.counters)
-        if not prefill.known:
-            return self._prefill.get(spec.digest, prefill)
-        self._prefill[spec.digest] = prefill
-        if len(self._prefill) > MAX_NAMESPACES:
-            del self._prefill[next(iter(self._prefill))]
-        return prefill
-
-    def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
-        """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""
-        valid_wait(request.wait_s)
-        if self.index.lower == len(self.promotion) == 0:
-            return set()
-        spec = joined(session, request.ns)
-        keys, until = keys_of(request.keys), now + valid_ttl(request.ttl_s)
-        for key in keys:
-            if self.residency.get(spec.digest, key) is None:
-                self.promotion.fetch(session.id, spec, key, until, now)
-        self.promotion.send()
-        return self.promotion.on_the_way(spec.digest, keys)
-
-    def lease(self, session: Session, request: wire.LeasePages, now: float) -> wire.Leased:
-        """Places to read; a row of length 0 for each page that is absent or damaged."""
-        spec = joined(session, request.ns)
-        ttl_s = valid_ttl(request.ttl_s)
-        bounded(session, self.leases.held_by(session.id))
-        rows: list[bytes] = []
-        groups: list[Group] = []
-        for key in keys_of(request.keys):
-            group = self.residency.get(spec.digest, key)
-            slot = group.slots[spec.shard] if group is not None and spec.shard < len(group.slots) else None
-            if group is None or slot is None:
-                rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
-                continue
-            header = self.arena.header(slot)
-            if not self._matches(group, slot, header):
-                self.space.quarantine(group, "header", now)
-                rows.append(wire.LEASED_ROW.pack(0, 0, 0, b""))
-                continue
-            groups.append(group)
-            rows.append(
-                wire.LEASED_ROW.pack(self.arena.offset(slot), header.generation, header.length, header.checksum)
-            )
-        for group in groups:
-            self.stock.use(group, group is groups[-1], now)
-        self.counters["ram_hits"] += len(groups)
-        self.counters["ram_misses"] += len(rows) - len(groups)
-        lease = self.leases.grant(session.id, tuple(groups), now, ttl_s).id if groups else 0
-        return wire.Leased(request.request, lease, b"".join(rows))
-
-    def _matches(self, group: Group, slot: int, header: Header) -> bool:
-        return (
-            header.key == group.key
-            and header.namespace == group.namespace
-            and header.length == group.length
-            and self.arena.intact(slot, header)
-        )
-
-    def release(self, session: Session, lease_id: int, bad: list[int], now: float) -> None:
-        """End a lease. Pages a reader found damaged are quarantined, unless someone else has begun to use them."""
-        lease = self.leases.release(lease_id, session.id)
-        if lease is None:
-            self.counters["late_releases"] += 1
-            return
-        self.leases.keep_promises(session.id, lease.groups)
-        for position in bad:
-            if 0 <= position < len(lease.groups):
-                self.space.quarantine(lease.groups[position], "payload", now)
 
     # -- time and death ------------------------------------------------------------------------------------
 

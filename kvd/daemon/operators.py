@@ -56,9 +56,9 @@ def _decisions(node: Node, lower: Sequence[Below], limit: int, now: float) -> wi
             made.decision.bytes_on_the_way, made.decision.prefill_tokens_per_s, made.decision.page_bytes,
             made.decision.page_tokens, made.decision.reason, WORDS[made.decision.reason],
         )
-        for made in node.decisions.last(limit)
+        for made in node.reading.decisions.last(limit)
     ]  # fmt: skip
-    return wire.Decisions(rows, node.decisions.total, list(names.values()))
+    return wire.Decisions(rows, node.reading.decisions.total, list(names.values()))
 
 
 def _find(node: Node, request: wire.FindPages) -> wire.PagesFound:

@@ -10,6 +10,7 @@ MAX_TTL_S = 60.0
 MAX_SHARDS = 1024
 MAX_CHAIN = 1 << 32  # pages
 MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
+MAX_NAMESPACES = 256  # of one session
 
 
 def valid_namespace(spec: wire.NamespaceSpec, extent_bytes: int) -> None:

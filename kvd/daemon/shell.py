@@ -87,7 +87,7 @@ class Shell:
             case wire.Scan(cursor, limit):
                 member.send(self._scan(session, cursor, limit))
             case wire.EndScan(lease, bad):
-                self._node.release(session, lease, bad, time.monotonic())
+                self._node.reading.release(session, lease, bad, time.monotonic())
             case wire.Check(cursor):
                 faults, following = self._node.check(cursor, CHECK_AT_ONCE)
                 member.send(wire.Checked(faults[:MAX_FAULTS], len(self._node.residency), following))
@@ -157,10 +157,10 @@ class Shell:
                 case wire.CommitPages():
                     return self._node.intake.commit(session, request, now)
                 case wire.ReleaseLease(lease, bad):
-                    self._node.release(session, lease, bad, time.monotonic())
+                    self._node.reading.release(session, lease, bad, time.monotonic())
                     return None
                 case wire.Lookup():
-                    return self._node.lookup(session, request, now)
+                    return self._node.reading.lookup(session, request, now)
         except Refused as refused:
             return wire.Refusal(refused.message, refused.hint, getattr(request, "request", 0))
 
@@ -168,13 +168,13 @@ class Shell:
         self, session: Session, request: wire.LeasePages, respond: Callable[[wire.ToWorker], None], now: float
     ) -> wire.ToWorker | None:
         """At once, or when the pages that are on their way from below are here, or time is up."""
-        coming = self._node.on_the_way(session, request, now)
+        coming = self._node.reading.on_the_way(session, request, now)
         if not coming or request.wait_s <= 0:
-            return self._node.lease(session, request, now)
+            return self._node.reading.lease(session, request, now)
 
         def here() -> None:
             if self._node.sessions.by_ticket(session.ticket) is session:
-                respond(self._node.lease(session, request, time.monotonic()))
+                respond(self._node.reading.lease(session, request, time.monotonic()))
 
         until = self._node.promotion.wait(coming, now + min(request.wait_s, MAX_WAIT_S), here)
         asyncio.get_running_loop().call_later(until - now + 0.001, self._give_up_waiting)
