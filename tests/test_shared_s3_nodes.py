@@ -67,6 +67,7 @@ def read(worker: PluginProcess, conversation: int) -> set[str]:
     return set(worker.do("take", keys=span(100, conversation)))
 
 
+@pytest.mark.slow
 def test_of_two_daemons_one_is_killed_while_it_stores(bucket: Place, tmp_path: Path) -> None:
     """What kvd said was in the bucket is there for the other, whatever of it was killed."""
     rng = random.Random(3)
@@ -100,6 +101,7 @@ def test_of_two_daemons_one_is_killed_while_it_stores(bucket: Place, tmp_path: P
         assert first.faults() == second.faults() == []
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_costs_a_deadline(bucket: Place, tmp_path: Path) -> None:
     settings = {"shared__uri": bucket.uri, "shared__node": "n", "shared__write_delay_s": 0.0}
     with Daemon(tmp_path / "run", 16, 4, **settings) as daemon, PluginProcess(daemon.socket) as worker:
