@@ -65,7 +65,7 @@ def test_a_long_conversation_leaves_from_its_end(capacity: int) -> None:
     assert world.node.faults() == []
 
 
-def test_what_returns_is_kept_and_what_never_did_is_not_taken_in(capacity: int) -> None:
+def test_what_returns_is_kept_and_what_never_did_leaves(capacity: int) -> None:
     """Half the room returns every 50 s; one-off pages come in between, more than fit."""
     world = World()
     session = world.session(of("a"))
@@ -84,7 +84,6 @@ def test_what_returns_is_kept_and_what_never_did_is_not_taken_in(capacity: int) 
         world.now += 1.0
         hits += world.take(session, keys) == [True]
     assert hits == len(often)
-    assert world.node.counters["writes_dropped"] > 0
     assert world.node.faults() == []
 
 

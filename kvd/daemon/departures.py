@@ -103,12 +103,12 @@ class Departures:
             return self._groups[place]
         return None
 
-    def victim(self, line: Line, now: float, below: float = inf) -> Group | None:
-        """The same, marked as leaving; None where it would be denser than `below`. Then it leaves, or `spare` it.
+    def victim(self, line: Line, now: float) -> Group | None:
+        """The same, marked as leaving. Then it leaves, or `spare` it.
 
         May be called again before that: victims leave in the order in which they were chosen.
         """
-        found = self._policy.victims(1, now, self._idle, below, self._lines[line][0])
+        found = self._policy.victims(1, now, self._idle, queue=self._lines[line][0])
         group = self._groups[found[0]] if found else None
         if group is not None:
             group.leaving = True

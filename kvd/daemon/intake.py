@@ -14,7 +14,6 @@ from kvd.daemon.stock import Stock
 from kvd.errors import PeerError
 from kvd.pages import KEY_BYTES
 from kvd.storage.arena import slot_bytes_for
-from kvd.storage.worth import trait
 
 
 class Intake:
@@ -42,7 +41,6 @@ class Intake:
         parent = request.parent or NO_PARENT
         line = slot_bytes_for(spec.page_bytes), spec.tenant
         fresh = sum(not self._stock.seen(spec.digest, key) for key in keys)
-        depth = self._stock.depth(spec.digest, parent)
         rows: list[bytes] = []
         writes: dict[int, Write] = {}
         full = False
@@ -52,17 +50,11 @@ class Intake:
             if self._skip(spec, key, last, now):
                 verdict = wire.HELD
             elif not full:
-                slot = self._arena.take(line[0])
-                if slot is None:
-                    of = trait(depth + position if request.chained else 0, fresh, last)
-                    slot = self._space.take(line, now, len(keys) - position, self._stock.bar(spec.digest, key, of))
-                    full = slot is None
+                slot = self._space.take(line, now, len(keys) - position)
+                full = slot is None
             if slot is None:
                 rows.append(wire.RESERVED_ROW.pack(0, 0, wire.NO_ROOM if verdict == wire.WRITE else verdict))
-                if verdict == wire.WRITE:
-                    self._counters["writes_dropped"] += 1
-                    if not spec.shard:  # else every rank would count
-                        self._stock.refused(spec.digest, key, trait(depth + position, fresh, last), now)
+                self._counters["writes_dropped"] += verdict == wire.WRITE
             else:
                 offset, generation = self._arena.offset(slot), self._arena.generation(slot)
                 self._writing.add((spec.digest + key, spec.shard))

@@ -67,7 +67,6 @@ class Node:
 
     def add_tier(self, bit: int, below: Tier, write_delay_s: float) -> WriteBack:
         """A tier below, slower than those before."""
-        self.stock.passes_on = True
         self.promotion.tiers.append(Lower(bit, below))
         self.writebacks.append(WriteBack(self.stock, bit, below, write_delay_s))
         self.hints.append(Hints(self.stock.worth, bit, below, self.pins.names, self.labels.tenants))
@@ -137,6 +136,7 @@ class Node:
         if self._ttl_s is not None and now >= self._expire_at:
             self._expire_at = now + min(EXPIRE_EVERY_S, self._ttl_s / 4)
             self.counters["ram_expired"] += self.space.expire(now - self._ttl_s, now, EXPIRE_AT_ONCE)
+        self.stock.catch_up()
         if self._lesson is None and self.stock.worth.due:
             self._lesson = self.stock.worth.lesson(now)
         if self._lesson is not None and next(self._lesson, self) is self:  # a step a tick: nobody waits for it

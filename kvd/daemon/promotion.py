@@ -23,7 +23,7 @@ MAX_FETCHES = 1024  # pages on their way at once: the prefetch depth
 _AT_ONCE = 16  # pages
 _AT_ONCE_S = 0.05
 _AT_ONCE_BYTES = 4 << 20  # where the tier's speed is not known
-_LATE, _LATE_S = 2.0, 0.1  # times as long as expected, and seconds: a reader that waited so long had better compute
+_LATE, _LATE_S = 3.0, 0.5  # times as long as expected, and seconds: a reader that waited so long had better compute
 
 
 class Source(Protocol):

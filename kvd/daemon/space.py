@@ -37,21 +37,18 @@ class Space:
         self._draining: int | None = None  # an extent that is being emptied for another class
         self._drained = 0  # positions of it that were looked at
 
-    def take(self, line: Line, now: float, want: int, below: float = inf) -> int | None:
-        """A slot for a page of this size class and tenant, the first of `want`; None when nothing can leave for it.
-
-        Pages that are denser than `below` stay.
-        """
+    def take(self, line: Line, now: float, want: int) -> int | None:
+        """A slot for a page of this size class and tenant, the first of `want`; None when nothing can leave for it."""
         slot = self._arena.take(line[0])
-        if slot is None and self._make_room(line, now, want, below):
+        if slot is None and self._make_room(line, now, want):
             slot = self._arena.take(line[0])
         return slot
 
-    def evict(self, line: Line, want: int, now: float, below: float = inf) -> int:
+    def evict(self, line: Line, want: int, now: float) -> int:
         """Evict up to `want` pages of a size class so that a tenant's pages fit; how many left."""
-        return self._remove_unheld(self._victims(line, want, now, below), now)
+        return self._remove_unheld(self._victims(line, want, now), now)
 
-    def _victims(self, line: Line, want: int, now: float, below: float) -> list[Group]:
+    def _victims(self, line: Line, want: int, now: float) -> list[Group]:
         size_class, asker = line
         offers = {owner: density for (size, owner), density in self._departures.offers().items() if size == size_class}
         chosen: list[Group] = []
@@ -60,8 +57,7 @@ class Space:
             owner = loser(self._quotas, asker, want * size_class, size_class, offers, lost)
             if owner is None:
                 break
-            must = self._quotas.above(owner, lost[owner])
-            group = self._departures.victim((size_class, owner), now, inf if must else below)
+            group = self._departures.victim((size_class, owner), now)
             if group is None:
                 del offers[owner]
                 continue
@@ -98,7 +94,7 @@ class Space:
                 victims.append(group)
         return self._remove_unheld(victims, now)
 
-    def _make_room(self, line: Line, now: float, want: int, below: float) -> bool:
+    def _make_room(self, line: Line, now: float, want: int) -> bool:
         """Evict from the class, or take an extent from a class whose next page is worth less than half as much."""
         size_class = line[0]
         idle = self._arena.idle_extent(size_class)
@@ -114,7 +110,7 @@ class Space:
                 self._begin_to_drain(cheapest[1])
         if self._draining is not None and self._drain(self._draining, now):
             return True
-        return self.evict(line, min(max(want, 1), EVICT_AT_ONCE), now, below) > 0
+        return self.evict(line, min(max(want, 1), EVICT_AT_ONCE), now) > 0
 
     def _least_worth(self, now: float) -> dict[int, tuple[float, Group]]:
         """Of each size class the page that leaves next, and the seconds of prefill a byte of it saves per second."""

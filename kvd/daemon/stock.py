@@ -4,9 +4,8 @@ Always true: a page is in the index as resident exactly while it is in `residenc
 has it (`Group.below`), the index says so instead.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from math import inf
 
 from kvd.daemon.departures import Departures
 from kvd.daemon.group import NO_PARENT, Group
@@ -24,6 +23,7 @@ from kvd.storage.worth import Worth, trait
 
 _TYPICAL_PAGE_BYTES = 1 << 20  # for the size of what is remembered of pages
 _ONE_USE_S = 1.0
+_USES_AT_ONCE, _MOST_USES = 512, 1 << 14  # 2 ms, and what may wait
 
 
 def page_number(namespace: bytes, key: bytes) -> int:
@@ -46,7 +46,7 @@ class Stock:
         self.counters: Counter[str] = Counter()
         self.space = Space(arena, index, self.residency, sessions, self.labels, self.quotas, self.counters)
         self.on_admit: Callable[[Group, float], None] = lambda group, now: None
-        self.passes_on = False  # there are tiers below
+        self._uses: deque[tuple[int, int, float]] = deque(maxlen=_MOST_USES)
         self.on_use: Callable[[Group, int, float], None] = lambda group, kind, now: None
 
     def admit(
@@ -60,7 +60,7 @@ class Stock:
         size_class = self.arena.slot_bytes(slots[0])
         of = trait(self.depth(namespace, parent), fresh, last)
         number = page_number(namespace, key)
-        kind = self.worth.use(number, of, now) if used else self.worth.kind(number, of)
+        kind = self._use(number, of, now) if used else self.worth.kind(number, of)
         owner = self.labels.tenant(namespace)
         group = self.residency.admit(namespace, key, parent, slots, length, size_class, owner, kind, now)
         self.quotas.charge(owner, group.bytes)
@@ -96,21 +96,23 @@ class Stock:
         if now - group.last_use < _ONE_USE_S:
             return
         group.last_use = now
-        kind = self.worth.use(page_number(group.namespace, group.key), trait(group.depth, 0, last), now)
+        kind = self._use(page_number(group.namespace, group.key), trait(group.depth, 0, last), now)
         self.departures.use(group, kind, now)
         self.on_use(group, kind, now)
+
+    def _use(self, number: int, of: int, now: float) -> int:
+        """The page's kind. That it was used is learnt in `catch_up`, out of the request's way."""
+        self._uses.append((number, of, now))
+        return self.worth.kind(number, of)
+
+    def catch_up(self) -> None:
+        """Learn of some uses. Where more come than this takes, the oldest are not learnt of."""
+        for _ in range(min(len(self._uses), _USES_AT_ONCE)):
+            self.worth.use(*self._uses.popleft())
 
     def seen(self, namespace: bytes, key: bytes) -> bool:
         """Whether the page was used lately, resident or not."""
         return self.worth.seen(page_number(namespace, key))
-
-    def bar(self, namespace: bytes, key: bytes, of: int) -> float:
-        """What must be denser than this stays when a new page wants in. With tiers below all come in, on their way."""
-        return inf if self.passes_on else self.worth.density(self.worth.kind(page_number(namespace, key), of))
-
-    def refused(self, namespace: bytes, key: bytes, of: int, now: float) -> None:
-        """A page was offered and not taken in: that it was wanted is learnt all the same."""
-        self.worth.use(page_number(namespace, key), of, now)
 
     def depth(self, namespace: bytes, parent: bytes) -> int:
         """How many pages come before one with this parent, as far as they are resident."""
