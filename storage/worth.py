@@ -2,7 +2,7 @@
 
 A page's *kind* is what its last use told: how often it had been used before, and its `trait`. From a sample of all
 pages, resident or not, `reuse` learns for each kind and age a density: expected uses per second of residence. The page
-of least density is the one to let go, and a new page that is worth less than all that is held is not taken in.
+of least density is the one to let go; and a full tier below RAM does not take in what is worth less than all it holds.
 
 Time is a number; a key is an int of 64 well-mixed bits. The same calls give the same answers on every machine.
 """

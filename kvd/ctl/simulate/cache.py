@@ -1,7 +1,8 @@
 """A tier of equal blocks that replays a trace. Pure: time is the trace's.
 
 A block is hit when it is resident at the moment it is asked for. `kvd` is the daemon's own policy with its own rule
-that a page stays as long as a page below it does; the references are flat, as they are published.
+that a page stays as long as a page below it does, and refuses as a full tier below RAM does what is worth less than
+all it holds; the references are flat, as they are published.
 """
 
 from collections.abc import Callable, Sequence
