@@ -104,10 +104,11 @@ class Space:
             return True
         if self._draining is None:
             worth = self._least_worth(now)
-            own, _ = worth.pop(size_class, (inf, None))
-            cheapest = min(worth.values(), key=lambda found: found[0], default=None)
-            if cheapest is not None and 2 * cheapest[0] < own:
-                self._begin_to_drain(cheapest[1])
+            own, first = worth.pop(size_class, (inf, None))
+            least, other = min(worth.values(), key=lambda found: found[0], default=(inf, None))
+            # Draining takes good pages along: the other's must be idle for twice as long, too.
+            if other is not None and 2 * least < own and (first is None or _idle_twice_as_long(other, first, now)):
+                self._begin_to_drain(other)
         if self._draining is not None and self._drain(self._draining, now):
             return True
         return self.evict(line, min(max(want, 1), EVICT_AT_ONCE), now) > 0
@@ -181,3 +182,7 @@ class Space:
             self._index.publish(group.namespace, group.key, LOWER | group.below, 0)
         for slot in group.slots:
             self._arena.give(slot, quarantined=quarantined)
+
+
+def _idle_twice_as_long(other: Group, own: Group, now: float) -> bool:
+    return now - other.last_use > 2 * (now - own.last_use)
