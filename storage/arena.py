@@ -182,6 +182,21 @@ class Arena:
         free = self._free.get(self._slot_bytes[extent], deque())
         self._free[self._slot_bytes[extent]] = deque(slot for slot in free if slot >> _SLOT_BITS != extent)
 
+    def open_extent(self, extent: int) -> None:
+        """Hand out the slots of a closed extent again."""
+        self._closed.discard(extent)
+        first, size_class = extent << _SLOT_BITS, self._slot_bytes[extent]
+        states = (
+            (slot, self._words[self._header_at(slot) // 4]) for slot in range(first, first + self._slots[extent])
+        )
+        self._free.setdefault(size_class, deque()).extend(
+            slot for slot, state in states if state in (FREE, QUARANTINED)
+        )
+
+    def extents_of(self, size_class: int) -> list[int]:
+        """The extents that a class owns."""
+        return [extent for extent, size in enumerate(self._slot_bytes) if size == size_class]
+
     def committed(self, extent: int, start: int, count: int) -> list[Header]:
         """Headers of committed slots among `count` positions of an extent."""
         end = min(start + count, self._slots[extent])

@@ -3,11 +3,12 @@
 import pytest
 
 from kvd import wire
+from kvd.daemon.group import Group
 from kvd.daemon.sessions import Session
 from kvd.pages import chain
 from kvd.storage.arena import slot_bytes_for
 from kvd.storage.quota import Quotas, Share
-from tests.node_world import KEYS, PAGES, World, namespace
+from tests.node_world import KEYS, PAGES, World, namespace, spec
 
 SLOT = slot_bytes_for(PAGES[1])
 
@@ -150,4 +151,64 @@ def test_pages_leave_when_nobody_has_used_them_for_their_time_to_live() -> None:
     assert world.take(session, KEYS[0]) == [False] * len(KEYS[0])
     assert all(world.take(session, KEYS[1]))
     assert world.node.counters["ram_expired"] == len(KEYS[0])
+    assert world.node.faults() == []
+
+
+def group_of(world: World, session: Session, key: bytes) -> Group:
+    group = world.node.residency.get(session.namespaces[0].digest, key)
+    assert group is not None
+    return group
+
+
+def test_a_pin_keeps_its_extent_and_not_all_of_them_from_another_size() -> None:
+    world = World(extents=2)
+    worker = world.session(spec(1), spec(2, 0), spec(2, 1))
+    pinned = conversation(0, 1)
+    world.put(worker, pinned)
+    world.node.stock.departures.pin(group_of(world, worker, pinned[0]))
+    for n in range(1, 20):
+        world.now += 1.0
+        world.put(worker, conversation(n, 1))
+    world.now += 100.0
+    keys = KEYS[1][:4]
+    assert (world.put(worker, keys, ns=1), world.put(worker, keys, ns=2)) == (4, 4)
+    assert world.take(worker, pinned) == [True]
+    assert world.node.faults() == []
+
+
+def test_a_pin_into_an_extent_that_is_being_emptied_ends_that() -> None:
+    world = World(extents=2)
+    worker = world.session(spec(1), spec(2, 0), spec(2, 1))
+    for n in range(20):
+        world.now += 1.0
+        world.put(worker, conversation(n, 1))
+    oldest = min(world.node.residency, key=lambda group: group.last_use)
+    world.now += 100.0
+    leased = world.node.reading.lease(worker, wire.LeasePages(1, 0, oldest.key, 5.0), world.now)
+    keys = KEYS[1][:4]
+    world.put(worker, keys, ns=1)
+    world.node.stock.departures.pin(oldest)
+    world.node.reading.release(worker, leased.lease, [], world.now)
+    world.now += 100.0
+    assert (world.put(worker, keys, ns=1), world.put(worker, keys, ns=2)) == (4, 4)
+    assert world.node.residency.by_place(oldest.place) is oldest
+    world.node.stock.departures.unpin(oldest, world.now)
+    assert world.put(worker, conversation(500, 3)) > 0, "its other slots are of use again"
+    assert world.node.faults() == []
+
+
+def test_a_full_index_gives_up_neither_a_new_page_nor_what_comes_before_it() -> None:
+    world = World(extents=160, entries=1024)
+    worker = world.session(of("a"))
+    parent, child = chain(range(8), 4)
+    _, other = chain([*range(4), *range(90, 94)], 4)
+    world.put(worker, [parent, child])
+    world.now += 50.0
+    for n in range(1000, 1000 + 319):
+        world.put(worker, conversation(n, 2))
+    assert len(world.node.index) == 640, "one more does not fit"
+    world.now += 10.0
+    assert world.take(worker, [parent]) == [True]
+    world.put(worker, [other], parent)
+    assert world.take(worker, [parent, other]) == [True, True]
     assert world.node.faults() == []

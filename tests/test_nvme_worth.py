@@ -127,6 +127,18 @@ def test_pinned_pages_stay_until_they_are_unpinned(tmp_path: Path) -> None:
         assert tier.faults() == []
 
 
+def test_a_pin_is_the_daemons_to_say_again_after_a_restart(tmp_path: Path) -> None:
+    was, still = [of_kind(n, PINNED) for n in range(4)], [of_kind(n, PINNED) for n in range(20, 24)]
+    with reopened(tmp_path, 2 * MIB) as tier:
+        put(tier, *was, *still)
+    with reopened(tmp_path, 2 * MIB) as tier:
+        tier.used([(what.page.name, PINNED) for what in still])
+        for at in range(100, 300, 4):
+            assert all(put(tier, *[of_kind(n, LOVED) for n in range(at, at + 4)]))
+        assert names(*still) <= held(tier)
+        assert not names(*was) & held(tier), "nobody has pinned them since"
+
+
 def test_a_tier_full_of_pins_refuses_and_goes_on(tmp_path: Path) -> None:
     with reopened(tmp_path, 2 * MIB) as tier:
         for at in range(0, 60, 4):

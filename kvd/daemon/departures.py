@@ -3,6 +3,8 @@
 Always true: a group waits exactly while it is a leaf, is not pinned and has not been chosen to leave.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -18,10 +20,12 @@ class Departures:
     """The order of all groups."""
 
     worth: Worth
+    extent_of: Callable[[int], int]  # of a slot
     _policy: Policy = field(init=False)
     _groups: dict[int, Group] = field(default_factory=dict)  # by id, which is the policy's place
     _lines: dict[Line, list[int]] = field(default_factory=dict)  # its number as a queue of the policy, how many groups
     _free_queues: list[int] = field(default_factory=list)
+    _pinned: Counter[int] = field(default_factory=Counter)  # slots of pinned pages, by extent
 
     def __post_init__(self) -> None:
         self._policy = Policy(self.worth)
@@ -41,6 +45,8 @@ class Departures:
         """It is not resident any more."""
         self._policy.withdraw(group.id)
         del self._groups[group.id]
+        if group.pins:
+            self._pinned.subtract(map(self.extent_of, group.slots))
         line = self._lines[group.size_class, group.owner]
         line[1] -= 1
         if not line[1]:
@@ -62,12 +68,20 @@ class Departures:
 
     def pin(self, group: Group) -> None:
         """It stays, and with it all before it, until it is unpinned as often."""
+        if not group.pins:
+            self._pinned.update(map(self.extent_of, group.slots))
         group.pins += 1
         self._policy.withdraw(group.id)
 
     def unpin(self, group: Group, now: float) -> None:
         group.pins -= 1
+        if not group.pins:
+            self._pinned.subtract(map(self.extent_of, group.slots))
         self.offer(group, now)
+
+    def keeps(self, extent: int) -> bool:
+        """A page in it is pinned: it cannot be emptied."""
+        return self._pinned[extent] > 0
 
     def hand_over(self, group: Group, owner: str, now: float) -> None:
         """It turned out whose page it is."""
@@ -75,6 +89,8 @@ class Departures:
         self.leave(group)
         group.owner = owner
         self.enter(group, kind, now)
+        if group.pins:
+            self._pinned.update(map(self.extent_of, group.slots))
 
     # -- what they are worth --------------------------------------------------------------------------------
 

@@ -130,6 +130,8 @@ class Node:
         self.counters["reservations_expired"] += len(overdue)
         self.intake.take_back(overdue)
         self.promotion.tick(now)
+        for hints in self.hints:  # first: a tier that starts anew must know of pins before it makes room
+            hints.tick()
         for writeback in self.writebacks:
             writeback.tick(now)
         self.intake.expire(now)
@@ -141,8 +143,6 @@ class Node:
             self._lesson = self.stock.worth.lesson(now)
         if self._lesson is not None and next(self._lesson, self) is self:  # a step a tick: nobody waits for it
             self._lesson = None
-        for hints in self.hints:
-            hints.tick()
 
     # -- the arena of a previous daemon --------------------------------------------------------------------
 

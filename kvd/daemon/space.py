@@ -102,6 +102,9 @@ class Space:
             self._arena.release_extent(idle)
             self._draining = None if idle == self._draining else self._draining
             return True
+        if self._draining is not None and self._departures.keeps(self._draining):  # pinned since
+            self._arena.open_extent(self._draining)
+            self._draining = None
         if self._draining is None:
             worth = self._least_worth(now)
             own, first = worth.pop(size_class, (inf, None))
@@ -125,9 +128,12 @@ class Space:
         return found
 
     def _begin_to_drain(self, first: Group) -> None:
-        """Close the extent that holds a class's next candidate."""
-        self._draining, self._drained = self._arena.extent_of(first.slots[0]), 0
-        self._arena.close_extent(self._draining)
+        """Close the extent that holds a class's next candidate, or another of its class where a pin keeps that one."""
+        own = self._arena.extent_of(first.slots[0])
+        able = [e for e in self._arena.extents_of(first.size_class) if not self._departures.keeps(e)]
+        if able:
+            self._draining, self._drained = own if own in able else min(able, key=self._arena.in_use), 0
+            self._arena.close_extent(self._draining)
 
     def _drain(self, extent: int, now: float) -> bool:
         """Empty a part of a closed extent: a whole one of small pages would stall everybody. True when it is empty."""

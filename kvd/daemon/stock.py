@@ -38,7 +38,7 @@ class Stock:
         self.arena = arena
         self.index = index
         self.worth = Worth(arena.extents * arena.extent_bytes // _TYPICAL_PAGE_BYTES)
-        self.departures = Departures(self.worth)
+        self.departures = Departures(self.worth, arena.extent_of)
         self.residency = Residency(self.departures)
         self.quotas = quotas
         self.leases = Leases()
@@ -77,9 +77,9 @@ class Stock:
         dropped = self.index.make_room(EVICT_AT_ONCE)
         self.counters["names_below_dropped"] += dropped
         if not dropped:
-            group.leaving = True
+            self.departures.pin(group)
             self.space.evict((group.size_class, group.owner), EVICT_AT_ONCE, now)
-            group.leaving = False
+            self.departures.unpin(group, now)
 
     def admit_page(self, page: Page, slots: tuple[int, ...], now: float) -> Group:
         """The same for a page whose bytes have come from a tier below: seals its slots."""

@@ -18,6 +18,7 @@ from kvd.storage.nvme.segments import ALIGN
 from kvd.storage.nvme.sizeclass import FREE, POSITION_BITS, USED
 from kvd.storage.nvme.slots import Left, Slots
 from kvd.storage.tier import NAME_BYTES, Name
+from kvd.storage.worth import PINNED, UNKNOWN
 
 
 class Taken(NamedTuple):
@@ -66,6 +67,7 @@ def take_over(pieces: Callable[[], Iterable[Heads]], slots: Slots) -> Taken:
         for piece in pieces():
             good, at = _places(piece.heads, shape)
             void += [name.tobytes() for name in piece.names[good][np.isin(at, twice)]]
+    kinds[kinds == PINNED] = UNKNOWN  # who is still pinned, the daemon says
     slots.restore(Left(state, names, kinds, used_at), shape.starts.tolist())
     return Taken(void, sequence)
 
