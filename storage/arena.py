@@ -185,13 +185,10 @@ class Arena:
     def open_extent(self, extent: int) -> None:
         """Hand out the slots of a closed extent again."""
         self._closed.discard(extent)
-        first, size_class = extent << _SLOT_BITS, self._slot_bytes[extent]
-        states = (
-            (slot, self._words[self._header_at(slot) // 4]) for slot in range(first, first + self._slots[extent])
-        )
-        self._free.setdefault(size_class, deque()).extend(
-            slot for slot, state in states if state in (FREE, QUARANTINED)
-        )
+        free = self._free.setdefault(self._slot_bytes[extent], deque())
+        for slot in range(extent << _SLOT_BITS, (extent << _SLOT_BITS) + self._slots[extent]):
+            if self._words[self._header_at(slot) // 4] in (FREE, QUARANTINED):
+                free.append(slot)
 
     def extents_of(self, size_class: int) -> list[int]:
         """The extents that a class owns."""

@@ -240,7 +240,7 @@ def test_what_does_not_pay_is_not_given_out_and_the_tier_is_measured_beside_it(w
     world.put(session, KEYS[0])
     world.settle()
     world.evict_all()
-    session.counters = {"prefill_ns_per_token": 1000}
+    world.node.report(session, "closed", {"prefill_ns_per_token": 1000})
     assert world.lookup(session, KEYS[0]) == 0
     assert world.node.counters["gate_untried"] == 1
     world.now += 0.1
@@ -265,7 +265,7 @@ def test_a_worker_that_has_just_started_is_judged_as_others_of_its_kind(world: T
     world.evict_all()
     (lower,) = world.node.promotion.tiers
     lower.disk.observe(1 << 20, 1.0, world.now)
-    session.counters = {"prefill_ns_per_token": 1}
+    world.node.report(session, "closed", {"prefill_ns_per_token": 1})
     assert world.lookup(session, KEYS[0]) == 0
     assert world.lookup(world.session(spec(1)), KEYS[0]) == 0
     assert world.node.counters["gate_slower"] == 2
@@ -280,7 +280,8 @@ def test_the_second_batch_of_a_prefix_is_not_charged_for_the_first(world: TwoTie
     lower.disk.observe(1 << 20, 0.5, world.now)
     page_s = spec(1).page_bytes / lower.disk.bytes_per_s
     for asker in (session, other):  # eight pages cost eight page_s, and all 15 save less than 20
-        asker.counters = {"prefill_ns_per_token": int(1.5e9 * page_s / spec(1).page_tokens)}
+        cost = int(1.5e9 * page_s / spec(1).page_tokens)
+        world.node.report(asker, "closed", {"prefill_ns_per_token": cost})
     assert world.lookup(session, KEYS[0][:8]) == 8
     ask = wire.Lookup(1, 0, b"".join(KEYS[0][8:]), 10.0, 1.0, 8, KEYS[0][7])
     assert world.node.reading.lookup(other, ask, world.now).pages == 0, "it would wait for another's"

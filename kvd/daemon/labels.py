@@ -2,15 +2,17 @@
 pages they are, and what computing one again takes.
 
 Pure, and bounded whatever peers announce: the namespaces announced longest ago are forgotten first. Forgetting one
-costs its name in listings and nothing else.
+costs its name in listings, and until a worker joins again its tenant and what is known of its worth; no page.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from kvd.daemon.gate import Prefill
 from kvd.wire import NamespaceSpec
 
 MOST = 4096
+_UNKNOWN = Prefill(0.0)
 
 
 @dataclass(slots=True)
@@ -19,7 +21,7 @@ class Labels:
 
     _specs: OrderedDict[bytes, NamespaceSpec] = field(default_factory=OrderedDict)
     _families: dict[bytes, set[bytes]] = field(default_factory=dict)
-    _rates: dict[bytes, float] = field(default_factory=dict)  # prefill tokens/s
+    _prefill: dict[bytes, Prefill] = field(default_factory=dict)  # the last known
 
     def __len__(self) -> int:
         return len(self._specs)
@@ -32,8 +34,11 @@ class Labels:
         return list(self._specs)
 
     def add(self, spec: NamespaceSpec) -> None:
+        prefill = self._prefill.get(spec.digest)
         self.forget(spec.digest)
         self._specs[spec.digest] = spec
+        if prefill is not None:
+            self._prefill[spec.digest] = prefill
         if spec.family:
             self._families.setdefault(spec.family, set()).add(spec.digest)
         while len(self._specs) > MOST:
@@ -42,7 +47,7 @@ class Labels:
     def forget(self, digest: bytes) -> None:
         """A no-op for what is not known."""
         spec = self._specs.pop(digest, None)
-        self._rates.pop(digest, None)
+        self._prefill.pop(digest, None)
         if spec is not None and spec.family in self._families:
             family = self._families[spec.family]
             family.discard(digest)
@@ -58,18 +63,26 @@ class Labels:
         """Namespaces whose workers said whose they are."""
         return [(digest, spec.tenant) for digest, spec in self._specs.items() if spec.tenant]
 
-    def measured(self, digest: bytes, prefill_tokens_per_s: float) -> None:
-        """A worker told how fast it computes."""
-        if digest in self._specs and prefill_tokens_per_s > 0:
-            self._rates[digest] = prefill_tokens_per_s
+    def measured(self, digest: bytes, prefill: Prefill) -> None:
+        """A worker told what computing costs it."""
+        if digest in self._specs and prefill.known:
+            self._prefill[digest] = prefill
+
+    def prefill(self, digest: bytes) -> Prefill:
+        """What computing costs the workers of a namespace, as far as one of them told."""
+        return self._prefill.get(digest, _UNKNOWN)
 
     def saved_s_per_byte(self, digest: bytes) -> float:
         """Seconds of prefill that a byte of these pages stands for; where nobody measured, as for the others."""
-        spec, rate = self._specs.get(digest), self._rates.get(digest)
-        if spec is not None and rate is not None and spec.page_tokens:
-            return spec.page_tokens / rate / (spec.page_bytes * spec.shards)
-        known = [self.saved_s_per_byte(other) for other in self._rates if self._specs[other].page_tokens]
+        if digest in self._prefill:
+            return self._saved(digest)
+        known = [self._saved(other) for other in self._prefill]
         return sum(known) / len(known) if known else 1.0
+
+    def _saved(self, digest: bytes) -> float:
+        """By a first page."""
+        spec = self._specs[digest]
+        return max(0.0, self._prefill[digest].saved_s(0, spec.page_tokens)) / (spec.page_bytes * spec.shards)
 
     def side_pools(self, digest: bytes) -> list[bytes]:
         """The other pools of a model whose KV pool this is; none for any other namespace."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvd import wire
+from kvd.daemon.gate import Prefill
 from kvd.daemon.group import Group
 from kvd.daemon.hints import Hints, Listener
 from kvd.daemon.intake import Intake
@@ -116,6 +117,12 @@ class Node:
             self.labels.add(spec)
             ids.append(session.namespaces.index(spec))
         return ids
+
+    def report(self, session: Session, circuit: str, counters: dict[str, int]) -> None:
+        """What a worker's plugin saw since it started."""
+        session.circuit, session.counters = circuit, counters
+        for spec in session.namespaces:
+            self.labels.measured(spec.digest, Prefill.of(counters))
 
     # -- time and death ------------------------------------------------------------------------------------
 

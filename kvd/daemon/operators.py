@@ -11,7 +11,7 @@ from kvd import wire
 from kvd.daemon.below import Below
 from kvd.daemon.eviction import Selection, evict_part
 from kvd.daemon.gate import WORDS
-from kvd.daemon.group import NO_PARENT, Group
+from kvd.daemon.group import NO_PARENT
 from kvd.daemon.node import Node
 from kvd.errors import PeerError, Refused
 from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
@@ -86,14 +86,10 @@ def _pin(node: Node, namespace: bytes, key: bytes, keep: bool, now: float) -> wi
     if not keep:
         free = node.unpin(namespace + key, now)
         return wire.Pinned(free, node.pins.bytes_in_ram)
-    chain: list[Group] = []
-    group = node.residency.get(namespace, key)
-    while group is not None:
-        chain.append(group)
-        group = group.parent
-    if not chain or chain[-1].parent_key != NO_PARENT:
+    chain = node.residency.lineage(namespace, key)
+    if not chain or chain[0].parent_key != NO_PARENT:
         raise Refused("that prefix is not in memory from its first page on", "send the prompt once, then pin it")
-    node.pin(chain[::-1])
+    node.pin(chain)
     return wire.Pinned(len(chain), node.pins.bytes_in_ram)
 
 
@@ -117,11 +113,6 @@ def _shares(node: Node, lower: Sequence[Below]) -> list[wire.TenantShare]:
 
 
 def _chain(node: Node, namespace: bytes, key: bytes) -> wire.Chain:
-    keys: list[bytes] = []
-    first: Group | None = None
-    group = node.residency.get(namespace, key)
-    while group is not None:
-        keys.append(group.key)
-        first, group = group, group.parent
-    missing = first.parent_key if first is not None and first.parent_key != NO_PARENT else b""
-    return wire.Chain(b"".join(reversed(keys)), missing)
+    found = node.residency.lineage(namespace, key)
+    missing = found[0].parent_key if found and found[0].parent_key != NO_PARENT else b""
+    return wire.Chain(b"".join(group.key for group in found), missing)

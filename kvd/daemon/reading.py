@@ -11,7 +11,7 @@ from kvd.daemon.decisions import Decisions
 from kvd.daemon.gate import Prefill, decide
 from kvd.daemon.group import Group
 from kvd.daemon.promotion import Promotion
-from kvd.daemon.requests import MAX_NAMESPACES, bounded, joined, keys_of, valid_prefix, valid_ttl, valid_wait
+from kvd.daemon.requests import bounded, joined, keys_of, valid_prefix, valid_ttl, valid_wait
 from kvd.daemon.sessions import Session
 from kvd.daemon.stock import Stock
 from kvd.storage.arena import Header
@@ -22,7 +22,6 @@ class Reading:
 
     def __init__(self, stock: Stock, promotion: Promotion) -> None:
         self.decisions = Decisions()
-        self._prefill: dict[bytes, Prefill] = {}  # by namespace, the last known
         self._promotion = promotion
         self._stock = stock
         self._arena = stock.arena
@@ -31,6 +30,7 @@ class Reading:
         self._leases = stock.leases
         self._counters = stock.counters
         self._space = stock.space
+        self._labels = stock.labels
 
     def lookup(self, session: Session, request: wire.Lookup, now: float) -> wire.Found:
         """How many leading pages are held; promised for `ttl_s`; what is not in RAM is fetched meanwhile."""
@@ -69,7 +69,9 @@ class Reading:
                 if lower is not None:
                     places.setdefault(lower.bit, []).append(position)
         pages = len(groups)
-        prefill = self._prefill_of(session, spec)
+        prefill = Prefill.of(session.counters)
+        if not prefill.known:  # it has just started: what computing cost others of its kind
+            prefill = self._labels.prefill(spec.digest)
         for lower in self._promotion.tiers:
             below = places.get(lower.bit, [])
             if not below:
@@ -88,16 +90,6 @@ class Reading:
                 self._counters["gate_refused_pages"] += len(below) - decision.pages
                 pages = min(pages, below[decision.pages])
         return pages
-
-    def _prefill_of(self, session: Session, spec: wire.NamespaceSpec) -> Prefill:
-        """What computing costs a worker; of one that has just started, what it cost others of its kind."""
-        prefill = Prefill.of(session.counters)
-        if not prefill.known:
-            return self._prefill.get(spec.digest, prefill)
-        self._prefill[spec.digest] = prefill
-        if len(self._prefill) > MAX_NAMESPACES:
-            del self._prefill[next(iter(self._prefill))]
-        return prefill
 
     def on_the_way(self, session: Session, request: wire.LeasePages, now: float) -> set[bytes]:
         """Names of the pages that a reader wants and that are coming from below; begins to fetch them."""

@@ -78,6 +78,15 @@ class Residency:
             unhang(group)
             self.departures.offer(parent, now)
 
+    def lineage(self, namespace: bytes, key: bytes) -> list[Group]:
+        """A page after all that come before it, as far as they are resident together; empty where it is not."""
+        found: list[Group] = []
+        group = self.get(namespace, key)
+        while group is not None:
+            found.append(group)
+            group = group.parent
+        return found[::-1]
+
     def with_descendants(self, groups: list[Group]) -> list[Group]:
         """The groups and all that hangs below them, each before its parent."""
         found: dict[int, Group] = {}

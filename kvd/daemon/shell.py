@@ -77,9 +77,7 @@ class Shell:
             case wire.Report(circuit, counters):
                 if len(counters) > 256 or len(circuit) > MAX_CIRCUIT:
                     raise PeerError("an oversized report")
-                session.circuit, session.counters = circuit, counters
-                for spec in session.namespaces:
-                    self._node.labels.measured(spec.digest, counters.get("prefill_tokens_per_s", 0))
+                self._node.report(session, circuit, counters)
             case wire.GetStatus():
                 member.send(self.status())
             case wire.GetPrefixes(limit):
