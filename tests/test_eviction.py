@@ -16,8 +16,9 @@ from kvd.daemon.gate import Prefill, decide
 from kvd.daemon.speed import Disk
 from kvd.errors import PeerError
 from kvd.storage.lineage import following
-from tests.test_lower import TwoTierMachine, TwoTiers
+from tests.test_lower import TwoTierMachine
 from tests.test_node import BRANCH, KEYS, World, namespace, spec
+from tests.two_tiers import TwoTiers
 
 
 def evict(world: World, space: bytes = b"", key: bytes = b"") -> tuple[int, int]:
