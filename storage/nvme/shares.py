@@ -2,7 +2,7 @@
 
 Whose a page is follows from its namespace, which the daemon tells once a worker has joined it; until then, and for who
 has no share, a page is nobody's in particular. What each holds is counted whenever slots are ranked, and corrected
-for what leaves in between; so a share is kept to within the part of the tier that is ranked at a time.
+for what comes and is evicted in between; what is removed in another way is counted out the next time.
 """
 
 from collections import Counter
@@ -56,9 +56,15 @@ class Shares:
                 stay |= spaces == np.void(namespace)
         return first, stay
 
+    def came(self, name: Name, slot_bytes: int) -> None:
+        """A page was stored."""
+        tenant = self._tenant.get(name[:NAMESPACE_BYTES])
+        if tenant is not None:
+            self.held[tenant] += slot_bytes
+
     def leaves(self, name: Name, slot_bytes: int) -> bool:
         """Whether a page may leave; it is counted out then. Not if that took its tenant below the reserve."""
-        tenant = self._tenant.get(name[:NAMESPACE_BYTES]) if self._tenant else None
+        tenant = self._tenant.get(name[:NAMESPACE_BYTES])
         if tenant is None:
             return True
         if self.held[tenant] - slot_bytes < self.of[tenant].reserve_bytes:

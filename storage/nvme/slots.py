@@ -34,6 +34,7 @@ from kvd.storage.nvme.sizeclass import (
 from kvd.storage.quota import Share
 from kvd.storage.tier import Name
 
+_COUNT_MS: Final = 60_000
 _POSITION: Final = (1 << POSITION_BITS) - 1
 
 
@@ -54,7 +55,7 @@ class Slots:
         self._segments: list[Segment | None] = [None] * segments
         self._classes: dict[int, SizeClass] = {}
         self._ranking = Ranking()
-        self._now = 0
+        self._now = self._count_at = 0
 
     def judge(self, ranking: Ranking) -> None:
         """This is what is known of which pages are worth keeping."""
@@ -151,6 +152,7 @@ class Slots:
         segment.state[position] = USED
         segment.names[position] = np.void(name)
         segment.use(position, kind, self._now)
+        self.shares.came(name, segment.slot_bytes)
 
     def release(self, slots: Iterable[int]) -> None:
         """The pages are gone for good, or were never written; who still reads one keeps it from reuse."""
@@ -214,12 +216,15 @@ class Slots:
     def belongs(self, namespace: bytes, tenant: str) -> None:
         """The pages of this namespace are that tenant's."""
         self.shares.belongs(namespace, tenant)
+        self._count_at = self._now
         for of_class in self._classes.values():
             of_class.forget()
 
     def held(self) -> dict[str, int]:
-        """Bytes of each tenant that has a share."""
-        self.shares.count((s.names[s.held()], s.slot_bytes) for s in self._segments if s is not None)
+        """Bytes of each tenant that has a share. Asked for all the time, so all pages are looked at seldom."""
+        if self.shares.active and self._now >= self._count_at:
+            self._count_at = self._now + _COUNT_MS
+            self.shares.count((s.names[s.held()], s.slot_bytes) for s in self._segments if s is not None)
         return {tenant: self.shares.held[tenant] for tenant in self.shares.of}
 
     def floor(self) -> float:
