@@ -15,7 +15,7 @@ $(DEV)/.stamp: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "needs $(PYTHON): install it, or say PYTHON=..."; exit 1; }
 	@echo "setting up $(DEV) ..."
 	@test -x $(DEV)/bin/python || $(PYTHON) -m venv $(DEV)
-	@$(DEV)/bin/python -m pip install -q torch==2.13.0 -e '.[node,shared,dev]' 2> >(grep -v -e WARNING -e notice >&2)
+	@$(DEV)/bin/python -m pip install -q torch==2.13.0 -e '.[node,shared,router,dev]' 2> >(grep -v -e WARNING -e notice >&2)
 	@touch $@
 
 $(WHEEL): $(DEV)/.stamp $(SOURCES)
