@@ -84,3 +84,17 @@ def worker(daemon: Daemon) -> Iterator[PluginProcess]:
     with PluginProcess(daemon.socket) as process:
         assert process.do("wait")
         yield process
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Daemon]:
+    """One of two sites."""
+    with Daemon(tmp_path / "here") as running:
+        yield running
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Daemon]:
+    """The other."""
+    with Daemon(tmp_path / "there") as running:
+        yield running

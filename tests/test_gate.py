@@ -64,6 +64,15 @@ def test_what_is_on_its_way_already_comes_first() -> None:
     assert chosen(measured(100, 50 * MB), 13, rate(1000)) == (13, "pays")
 
 
+def test_a_tier_that_is_silent_though_it_was_asked_is_not_waited_for() -> None:
+    disk = measured(1000, 10 * MB)
+    assert decide(disk, 10, MB, 64, rate(1000), 100.5).reason == "pays"
+    silent = decide(disk, 10, MB, 64, rate(1000), 100.6)
+    assert (silent.pages, silent.probe, silent.reason) == (0, 0, "silent")
+    disk.ended(10 * MB, 10 * MB, 101.0)
+    assert decide(disk, 10, MB, 64, rate(1000), 101.0).reason == "slower", "it answers, and this is how fast it is"
+
+
 def test_the_second_half_of_a_long_prefix_does_not_wait_for_the_first_twice() -> None:
     assert chosen(measured(100, 90 * MB), 90, rate(1000)) == (0, "queue")
     assert chosen(measured(100, 90 * MB), 90, rate(1000), own=90 * MB) == (90, "pays")

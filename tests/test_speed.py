@@ -1,5 +1,7 @@
 """How fast a tier is, learnt from loads in plain time."""
 
+from math import inf
+
 import pytest
 
 from kvd.daemon.speed import Disk
@@ -25,8 +27,21 @@ def test_small_loads_say_what_the_latency_is_and_large_ones_what_the_rate_is() -
         disk.observe(size, 0.05 + size / (200 * MB), 1.0)
     assert disk.latency_s == pytest.approx(0.05, rel=0.1)
     assert disk.bytes_per_s == pytest.approx(200 * MB, rel=0.1)
+
+
+def test_a_tier_that_brings_nothing_for_long_is_late_until_something_comes() -> None:
+    disk = Disk()
+    disk.begun(10 * MB, 1.0)
+    assert disk.late_at == inf, "who knows how long it takes"
+    disk.ended(10 * MB, 10 * MB, 1.1)
     disk.begun(10 * MB, 2.0)
-    assert disk.expected_s() == pytest.approx(0.1, rel=0.1)
+    assert disk.late_at == pytest.approx(2.0 + 0.3 + 0.5)
+    disk.begun(90 * MB, 2.5)
+    assert disk.late_at == pytest.approx(2.8), "what is asked later makes it no less late"
+    disk.ended(10 * MB, 10 * MB, 2.7)
+    assert disk.late_at == pytest.approx(2.7 + 2.7 + 0.5, rel=0.1), "it goes on: the rest has its time"
+    disk.ended(90 * MB, 0, 3.0)
+    assert disk.late_at == inf
 
 
 def test_loads_that_follow_each_other_pay_the_latency_once() -> None:

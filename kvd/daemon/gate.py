@@ -9,8 +9,8 @@ prefix that can be here before its reader stops waiting, and given up unless
 
 What the same reader waits for anyway is not counted: it is there when the prefix's turn comes. A disk that nobody has
 measured is not asked in a request's way: a few pages are fetched beside it, and that is the measurement. One that did
-not pay some time ago is measured again like that. A worker that has computed nothing yet is given what can be here in
-time.
+not pay some time ago is measured again like that; one that is silent, though it was asked for something, is asked for
+nothing more meanwhile. A worker that has computed nothing yet is given what can be here in time.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,12 @@ WAIT_S = 1.0  # a reader waits as long, unless it says otherwise
 SURE = 0.8  # near break-even nothing is won, and what is mistaken would be paid for
 PROBE_PAGES = 2
 
-Reason = Literal["pays", "untried", "stale", "speed unknown", "late", "slower", "queue", "no use"]
+Reason = Literal["pays", "untried", "stale", "silent", "speed unknown", "late", "slower", "queue", "no use"]
 WORDS: Final[dict[Reason, str]] = {
     "pays": "all of it pays: loading takes less time than computing",
     "untried": "never measured: a few pages are fetched beside the request, to find out",
     "stale": "it did not pay when last measured; a few pages are fetched beside the request, to find out again",
+    "silent": "what it was asked for should have been here for long: it hangs, and nobody waits for it",
     "speed unknown": "here in time; how fast this worker computes is not known yet",
     "late": "the rest would not be here before the reader gives up",
     "slower": "loading takes longer than computing, or hardly less",
@@ -87,6 +88,8 @@ def decide(
     `page_bytes` are of all shards; `own` of the bytes on the way are for the same reader, before these.
     """
     queued = disk.on_the_way - own
+    if disk.late_at <= now:
+        return Decision(0, wanted, disk.bytes_per_s, 0.0, queued, page_bytes, page_tokens, "silent")
     if not disk.known:
         known, pages = prefill.known, 0 if prefill.known else wanted
         probe = min(wanted, PROBE_PAGES) if known else 0

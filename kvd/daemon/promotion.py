@@ -23,7 +23,6 @@ MAX_FETCHES = 1024  # pages on their way at once: the prefetch depth
 _AT_ONCE = 16  # pages
 _AT_ONCE_S = 0.05
 _AT_ONCE_BYTES = 4 << 20  # where the tier's speed is not known
-_LATE, _LATE_S = 3.0, 0.5  # times as long as expected, and seconds: a reader that waited so long had better compute
 
 
 class Source(Protocol):
@@ -135,9 +134,8 @@ class Promotion:
                 wanted = [(f.spec.digest + f.key, [self._arena.offset(slot) for slot in f.slots]) for f in batch]
                 now = self.clock()
                 lower.disk.begun(sum(f.size for f in batch), now)
-                if lower.disk.known:
-                    for fetch in batch:
-                        fetch.late_at = now + _LATE * lower.disk.expected_s() + _LATE_S
+                for fetch in batch:
+                    fetch.late_at = lower.disk.late(now)
                 lower.source.load(batch[0].spec.page_bytes, wanted, partial(self._arrived, lower, batch))
 
     def _arrived(self, lower: Lower, batch: list[Fetch], pages: list[Page | None]) -> None:

@@ -6,11 +6,13 @@ Measured over the time that the tier is busy, in slices; one that begins with an
 
 The recent slices are explained by medians, so that one that something got in the way of changes nothing. Two in a row
 that were far from what was expected, in the same direction, are another tier: what was before them is forgotten.
+A tier that brings nothing for much longer than expected is silent, until something comes.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import inf
 from statistics import median
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ _PERIOD_S = 0.05  # of a slice, while loads follow each other
 _KEPT = 7  # slices
 _OFF = 2.0  # times slower or faster than expected
 _APART = 1.5  # sizes that differ by as much tell latency and rate apart
+_LATE, _LATE_S = 3.0, 0.5  # times as long as expected, and seconds: who waited so long had better compute
 
 
 class Slice(NamedTuple):
@@ -40,6 +43,7 @@ class Disk:
     latency_s: float = 0.0
     measured_at: float = 0.0
     on_the_way: int = 0  # bytes
+    late_at: float = inf  # when some of them should have come for long
     _since: float = 0.0
     _came: int = 0
     _from_idle: bool = True
@@ -52,14 +56,17 @@ class Disk:
         return self.bytes_per_s > 0
 
     def begun(self, size: int, now: float) -> None:
-        if not self.on_the_way:
-            self._since, self._came, self._from_idle = now, 0, True
+        idle = not self.on_the_way
         self.on_the_way += size
+        if idle:
+            self._since, self._came, self._from_idle = now, 0, True
+            self.late_at = self.late(now)
 
     def ended(self, size: int, came: int, now: float) -> None:
         """`came` of the `size` bytes that were asked for."""
         self.on_the_way -= size
         self._came += came
+        self.late_at = self.late(now)
         if (now - self._since >= _PERIOD_S or not self.on_the_way) and self._came and now > self._since:
             self.observe(self._came, now - self._since, now, self._from_idle)
             self._since, self._came, self._from_idle = now, 0, False
@@ -106,6 +113,8 @@ class Disk:
         self.latency_s = median(max(0.0, s.seconds - slope * s.size) for s in self._first) if self._first else 0.0
         self.bytes_per_s = 1 / slope
 
-    def expected_s(self) -> float:
-        """Until all that is on the way is here."""
-        return self.latency_s + self.on_the_way / self.bytes_per_s if self.known else 0.0
+    def late(self, now: float) -> float:
+        """When all that is on the way should have been here for long; never, where that is nothing or not known."""
+        if not self.known or not self.on_the_way:
+            return inf
+        return now + _LATE * (self.latency_s + self.on_the_way / self.bytes_per_s) + _LATE_S

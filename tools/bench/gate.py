@@ -98,7 +98,8 @@ class Report:
     def add(self, asked: "Asked", speed: str, prompt: str, samples: Samples, counts: bool = False) -> None:
         ratio, again = samples.ratio(KVD, COLD), samples.ratio(AFTER, BEFORE)
         known, reasons = asked.known(), asked.take_reasons()
-        assert ratio is not None and again is not None
+        assert ratio is not None
+        assert again is not None
         self.table.add(
             speed, prompt, spread(samples.rounds[COLD]), spread(samples.rounds[KVD]), f"{ratio:.2f}",
             f"{again:.2f}", spread(samples.rounds[LOADED], 0), f"{samples.rounds[HELD][0]:.0f}",

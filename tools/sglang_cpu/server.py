@@ -18,8 +18,6 @@ import json
 import os
 import random
 import secrets
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,15 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is also run as the guard
-
+from tools.sglang_cpu import session
 from tools.sglang_cpu.endpoint import HOST, Endpoint, RequestRefused
+from tools.sglang_cpu.session import bury, shared_memory_of
 
 PORTS = range(20_000, 32_000)  # below the kernel's ephemeral range: nobody's client socket takes one
-SHARED_MEMORY = Path("/dev/shm")
-SHARED_BY_SGLANG = ("sglang_", "sgl_shm_", "torch_", "psm_", "sem.mp-")  # names it and its libraries give
 
 # Layout and io backend go together; these are the pairs the CPU platform has copies for.
 LAYOUTS = (
@@ -182,7 +178,7 @@ class SglangServer(Endpoint):
                 env=self._environment(self._scratch),
                 start_new_session=True,
             )
-        guard = [sys.executable, "-S", __file__, str(self._process.pid), str(self._scratch)]
+        guard = [sys.executable, "-S", session.__file__, str(self._process.pid), str(self._scratch)]
         self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
 
     def wait_ready(self, timeout_s: float | None = None) -> float:
@@ -296,63 +292,3 @@ def free_port() -> int:
             probe.bind((HOST, port))
             return port
     raise OSError(f"no free port in {PORTS}")
-
-
-# The end of a server: no process of its session, none of its files in /tmp and /dev/shm
-
-
-def bury(session: int, scratch: Path, shared_memory: set[Path]) -> None:
-    """SIGKILL to all of a session until none is left, then remove what it had; fine when all is gone."""
-    leftovers = shared_memory | shared_memory_of(session)
-    while members := session_members(session):
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def session_members(session: int) -> list[int]:
-    """Its live processes (a dead one that nobody waited for yet is not one)."""
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session_of(pid) == session]
-
-
-def session_of(pid: int) -> int | None:
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    state, _parent, _group, session = after_name[:4]
-    return None if state in "ZX" else int(session)
-
-
-def shared_memory_of(session: int) -> set[Path]:
-    """Files in /dev/shm its processes have mapped, by inode: a semaphore is mapped under another name."""
-    inodes: set[int] = set()
-    for pid in session_members(session):
-        with contextlib.suppress(OSError):
-            maps = (line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-            inodes |= {int(line[4]) for line in maps if line[5:] and line[5].startswith(f"{SHARED_MEMORY}/")}
-    files = (path for path in SHARED_MEMORY.iterdir() if path.name.startswith(SHARED_BY_SGLANG))
-    return {path for path in files if inode_of(path) in inodes}
-
-
-def inode_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
-
-
-def guard(session: int, scratch: Path, lifeline: IO[bytes]) -> None:
-    """Wait until the process that started the server has ended it, or is gone: then end it here."""
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    if not lifeline.read():
-        bury(session, scratch, set())
-
-
-if __name__ == "__main__":
-    guard(int(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer)
