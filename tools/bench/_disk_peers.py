@@ -2,7 +2,8 @@
 
 lmdb, rocksdb, sqlite: pages as values, synchronous, a batch a commit. sglang-file: SGLang's own `file` backend;
 lmcache: LMCache's local disk backend; both write files through the kernel's cache and never sync. To be compared with
-what is durable they are timed until their files are synced; without that it is their "unsynced".
+what is durable they are timed until their files are synced; without that it is their "unsynced". Each stands still
+while the others are measured.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ def peer_case(kind: str, folder: Path, page_bytes: int, held: int, batch: int, p
     """Writes and cold reads of `pages` pages, in GB/s. `held`: what it holds. Raises Missing where it cannot run."""
     total = pages * page_bytes / 1e9
     with _started(kind, folder, page_bytes, held, batch, pages) as peer:
+        peer.rests = True
 
         def case(number: int) -> Mapping[str, float]:
             try:

@@ -9,6 +9,7 @@ import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,14 +31,23 @@ class Missing(Exception):
 
 @dataclass(slots=True)
 class Peer:
-    """A running peer."""
+    """A running peer. One that `rests` stands still while it is not asked: what it does later is no other's cost."""
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    rests: bool = False
 
     def ask(self, timeout_s: float = 60.0, **request: object) -> dict[str, float]:
         """Send one request and wait for its answer. Raises Missing when the peer is dead, late or failed."""
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            return self._ask(timeout_s, request)
+        finally:
+            if self.rests:
+                self.process.send_signal(signal.SIGSTOP)
+
+    def _ask(self, timeout_s: float, request: Mapping[str, object]) -> dict[str, float]:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -92,6 +102,7 @@ def start_peer(
 
 def end(process: "subprocess.Popen[bytes]") -> None:
     """Close its stdin and wait; a process that does not go is killed. Idempotent."""
+    process.send_signal(signal.SIGCONT)
     if process.stdin is not None:
         process.stdin.close()
     try:
