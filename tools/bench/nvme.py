@@ -10,7 +10,8 @@ writes are in flight. With the same depth, into a file beside it of the same siz
     raw  pwritev and preadv of as many threads, from and to as much memory as the tier's batches take, one fdatasync
          per batch; no catalog, no checksums, no eviction: what a tier of these calls could reach at best.
 
-Also next to LMDB, RocksDB (blob files), SQLite, SGLang's `file` backend and LMCache's local disk: see _disk_peers.py.
+Also next to LMDB, RocksDB (blob files), SQLite, SGLang's `file` backend and LMCache's local disk, see _disk_peers.py.
+These take turns with ours and fio in rounds of their own: what they leave behind on a disk is felt by who comes next.
 Write amplification is what /proc/self/io says this process sent to the disk per byte of pages. CPU is of all threads.
 """
 
@@ -46,19 +47,24 @@ def main() -> None:
     table = Table("NVMe tier: GB/s, median (min..max)", ("pages", "case", "write", "read", "write/fio", "read/fio",
                                                          "CPU s/GB write", "CPU s/GB read"))  # fmt: skip
     results: dict[str, Samples] = {}
+    beside = Samples()
     with ExitStack() as stack:
         folder = stack.enter_context(scratch(wanted.rest.dir))
         for name in [KEY] if wanted.quick else SIZES:
-            results[name] = _measure(name, folder / name.replace(" ", ""), wanted, table)
-            _add_rows(table, name, results[name], _peers(wanted) if name == KEY else ())
+            results[name], others = _measure(name, folder / name.replace(" ", ""), wanted, table)
+            _add_rows(table, name, results[name])
+            if name == KEY:
+                beside = others
+                _add_rows(table, f"{name}, peers", beside, _peers(wanted))
     one, ours = results[KEY], f"kvd qd{KEY_DEPTH}"
     ratios = {
-        f"{what}_vs_{reference.split()[0].replace('-', '_')}": one.ratio(f"{ours} {what}", f"{reference} {what}")
-        for reference in (f"fio qd{KEY_DEPTH}", f"raw qd{KEY_DEPTH}", *PEERS)
+        f"{what}_vs_{reference.split()[0].replace('-', '_')}": of.ratio(f"{ours} {what}", f"{reference} {what}")
+        for of, references in ((one, (f"fio qd{KEY_DEPTH}", f"raw qd{KEY_DEPTH}")), (beside, PEERS))
+        for reference in references
         for what in ("write", "read")
     }
     for peer in PEERS:
-        if (unsynced := one.median(f"{peer} unsynced")) is not None:
+        if (unsynced := beside.median(f"{peer} unsynced")) is not None:
             table.notes.append(
                 f"{peer} writes {unsynced:.2f} GB/s into the kernel's cache, before anything is durable"
             )
@@ -84,7 +90,8 @@ def _peers(wanted: Options) -> Sequence[str]:
     return () if wanted.rest.no_peers else VALUES if wanted.quick else PEERS
 
 
-def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
+def _measure(name: str, folder: Path, wanted: Options, table: Table) -> tuple[Samples, Samples]:
+    """Ours, fio and raw; and, at the key size, the key depth of ours and fio beside the peers."""
     page_bytes, size = SIZES[name], _tier_bytes(wanted)
     batch = BATCH_BYTES // page_bytes
     pages = 2 * batch
@@ -94,6 +101,7 @@ def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         cases: list[Run] = []
+        beside: list[Run] = []
         try:
             fio = Fio(folder, size)
         except Missing as why:
@@ -103,19 +111,23 @@ def _measure(name: str, folder: Path, wanted: Options, table: Table) -> Samples:
         for depth in depths:
             tier = NvmeTier(folder / f"tier{depth}", size, threads=depth)
             stack.callback(tier.close)
-            cases.append(_tier_case(depth, tier, page_bytes, pages))
+            mine = [_tier_case(depth, tier, page_bytes, pages)]
             segments = sorted((folder / f"tier{depth}").glob("segment-*"))
             if fio is not None:
-                cases.append(_fio_case(depth, fio, page_bytes, pages, segments))
-            cases.append(raw.case(depth, pages, segments, ALIGN))
-        if name == KEY:
+                mine.append(_fio_case(depth, fio, page_bytes, pages, segments))
+            if depth == KEY_DEPTH:
+                beside += mine
+            cases += [*mine, raw.case(depth, pages, segments, ALIGN)]
+        samples = interleave(cases, wanted.rounds(3, 5))
+        if name == KEY and _peers(wanted):
             for kind in _peers(wanted):
                 held = size // page_bytes
                 try:
-                    cases.append(stack.enter_context(peer_case(kind, folder, page_bytes, held, batch, batch)))
+                    beside.append(stack.enter_context(peer_case(kind, folder, page_bytes, held, batch, batch)))
                 except Missing as why:
                     table.notes.append(f"{kind} is missing: {why}")
-        return interleave(cases, wanted.rounds(3, 5))
+            return samples, interleave(beside, wanted.rounds(3, 5))
+        return samples, Samples()
 
 
 class Pages:
@@ -194,7 +206,7 @@ def _fio_case(depth: int, fio: Fio, page_bytes: int, pages: int, segments: Seque
     return case
 
 
-def _add_rows(table: Table, size: str, samples: Samples, peers: Sequence[str]) -> None:
+def _add_rows(table: Table, size: str, samples: Samples, peers: Sequence[str] = ()) -> None:
     names = [name.removesuffix(" write") for name in samples.rounds if name.endswith(" write")]
     for name in [*names, *(peer for peer in peers if peer not in names)]:
         depth = name.split()[-1] if " " in name else f"qd{KEY_DEPTH}"
