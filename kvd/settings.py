@@ -98,10 +98,18 @@ class TenantSettings(BaseModel):
     ram_burst_bytes: int | None = Field(None, ge=0, description="above this it loses pages first; unset: no limit")
     nvme_reserve_bytes: int = Field(0, ge=0, description="the same on the local disk")
     nvme_burst_bytes: int | None = Field(None, ge=0, description="the same on the local disk")
+    shared_reserve_bytes: int = Field(0, ge=0, description="the same in the shared tier; give all nodes the same")
+    shared_burst_bytes: int | None = Field(
+        None, ge=0, description="the same in the shared tier; give all nodes the same"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "TenantSettings":
-        pairs = (self.ram_reserve_bytes, self.ram_burst_bytes), (self.nvme_reserve_bytes, self.nvme_burst_bytes)
+        pairs = (
+            (self.ram_reserve_bytes, self.ram_burst_bytes),
+            (self.nvme_reserve_bytes, self.nvme_burst_bytes),
+            (self.shared_reserve_bytes, self.shared_burst_bytes),
+        )
         if any(burst is not None and reserve > burst for reserve, burst in pairs):
             raise ValueError("a reserve must not be above the burst of the same tier")
         return self
@@ -137,12 +145,14 @@ class DaemonSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _reserves_fit(self) -> "DaemonSettings":
-        for tier, size, reserves in (
-            ("arena", self.arena.size_bytes, [share.ram_reserve_bytes for share in self.tenants.values()]),
-            ("nvme", self.nvme.size_bytes, [share.nvme_reserve_bytes for share in self.tenants.values()]),
+        shares = self.tenants.values()
+        for name, size, reserves in (
+            ("arena.size_bytes", self.arena.size_bytes, [share.ram_reserve_bytes for share in shares]),
+            ("nvme.size_bytes", self.nvme.size_bytes, [share.nvme_reserve_bytes for share in shares]),
+            ("shared.quota_bytes", self.shared.quota_bytes, [share.shared_reserve_bytes for share in shares]),
         ):
             if sum(reserves) > size:
-                raise ValueError(f"the tenants' reserves are {sum(reserves)} bytes, {tier}.size_bytes is {size}")
+                raise ValueError(f"the tenants' reserves are {sum(reserves)} bytes, {name} is {size}")
         return self
 
 

@@ -181,16 +181,20 @@ def open_tier(settings: dict[str, Any]) -> Tier:
         return NvmeTier(
             Path(settings["path"]), settings["size_bytes"], settings["segment_bytes"], settings["threads"],
             settings["ttl_s"], mount_point and Path(mount_point),
-            {tenant: Share(*share) for tenant, share in settings["shares"].items()},
+            _shares(settings),
         )  # fmt: skip
     if kind == "shared":
         from kvd.storage.shared import SharedTier
 
         return SharedTier(
             settings["uri"], settings["node"], settings["quota_bytes"], settings["file_bytes"], settings["poll_s"],
-            settings["ttl_s"],
+            settings["ttl_s"], shares=_shares(settings),
         )  # fmt: skip
     raise TierError(f"unknown tier {kind}")
+
+
+def _shares(settings: dict[str, Any]) -> dict[str, Share]:
+    return {tenant: Share(*share) for tenant, share in settings["shares"].items()}
 
 
 def main() -> None:

@@ -40,6 +40,11 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
         ("[arena]\nextent_bytes = 5000", "extent_bytes must be"),
         ("[nvme]\npath = '/a/b'\nmount_point = '/c'", "mount_point must be path"),
         ("[nvme]\nmount_point = '/c'", "mount_point must be path"),
+        ("[tenants.a]\nshared_reserve_bytes = 2\nshared_burst_bytes = 1", "a reserve must not be above the burst"),
+        (
+            "[shared]\nquota_bytes = 2097152\n[tenants.a]\nshared_reserve_bytes = 2097153",
+            "shared.quota_bytes is 2097152",
+        ),
         ("log_level = 'loud'", "log_level"),
         ("max_sessions = 0", "max_sessions"),
         ("= 5", "not TOML"),
@@ -88,7 +93,8 @@ def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     lines = [line for line in lines if " = " in line or line.startswith("[")]
     uncommented = tmp_path / "kvd.toml"
     # without a default, or no setting at all
-    unset = ("path", "mount_point", "uri", "ttl_s", "pins_file", "ram_burst", "nvme_burst", "kvd's settings")
+    bursts = ("ram_burst", "nvme_burst", "shared_burst")
+    unset = ("path", "mount_point", "uri", "ttl_s", "pins_file", *bursts, "kvd's settings")
     uncommented.write_text("\n".join(line for line in lines if not line.startswith(unset)))
     settings = load_daemon_settings(uncommented, {})
     assert settings.tenants == {"NAME": TenantSettings()}

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from kvd.errors import SettingsError
 from kvd.storage import failpoints
+from kvd.storage.quota import Share
 from kvd.storage.shared import SharedTier
 from kvd.storage.tier import TierError
 from tests.shared_folder import MIB, Node, files, nodes, open_tier
-from tests.tier_samples import filled, get, held, put, sample
+from tests.tier_samples import NAMESPACE, filled, get, held, put, sample
 
 
 @pytest.fixture
@@ -92,9 +93,12 @@ class TestDamage:
     @given(data=st.data())
     def test_any_change_to_files_is_a_miss_or_harmless(self, tmp_path_factory: Any, data: st.DataObject) -> None:
         folder = tmp_path_factory.mktemp("damage")
-        tier = open_tier(folder)
+        shares = {"somebody": Share()}
+        tier = open_tier(folder, shares=shares)
         samples = [sample(n, 5000, 1 + n % 2) for n in range(6)]
-        put(tier, *samples)
+        put(tier, *samples[:3])
+        tier.belongs(NAMESPACE, "somebody")
+        put(tier, *samples[3:])
         tier.remove([samples[0].page.name])
         tier.close()
         path = data.draw(st.sampled_from(sorted(folder.glob("*/*.arrow"))))
@@ -113,7 +117,7 @@ class TestDamage:
         else:
             content[at:at] = b"\xff" * count
         path.write_bytes(content)
-        tier = open_tier(folder, "b")
+        tier = open_tier(folder, "b", shares=shares)
         for number, got in enumerate(get(tier, *samples)):
             assert got is None or got == samples[number]
         tier.news()

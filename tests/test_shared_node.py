@@ -1,5 +1,6 @@
 """Real daemons that share one folder and nothing else: what one stored, the other gives back."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from kvd import wire
 from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
-from tests.kvdctl import doctor, of
+from tests.kvdctl import RawWorker, doctor, of, on
 
 
 def node(folder: Path, name: str, **settings: object) -> Daemon:
@@ -86,6 +87,26 @@ def test_a_node_that_died_leaves_its_pages(first: Daemon, second: Daemon) -> Non
     with PluginProcess(first.socket) as here:
         assert here.do("wait")
         assert here.do("take", keys=span(60)) == ["right"] * 60
+
+
+def test_what_a_tenant_holds_is_known_to_nodes_that_it_never_came_to(tmp_path: Path) -> None:
+    tenants = json.dumps({"raw": {"shared_reserve_bytes": MIB, "shared_burst_bytes": 100_000_000}})
+    with node(tmp_path, "first", tenants=tenants) as here, node(tmp_path, "second", tenants=tenants) as there:
+        ready(here)
+        ready(there)
+        with RawWorker(here, tenant="raw") as worker:
+            worker.put(4)
+            holds(there, 4)
+            written = (tmp_path / "shared").glob("*/*.pages.arrow")
+            expected = {
+                "tenant": "raw",
+                "tier": "shared",
+                "held_bytes": sum(path.stat().st_size for path in written),
+                "reserve_bytes": MIB,
+                "burst_bytes": 100_000_000,
+            }
+            for daemon in (here, there):
+                eventually(lambda d=daemon: json.loads(on(d, "quota", "--json").stdout)[-1] == expected, 10)
 
 
 def test_three_tiers_the_disk_is_asked_first(tmp_path: Path) -> None:

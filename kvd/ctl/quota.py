@@ -9,10 +9,10 @@ _COLUMNS = ("tenant", "tier", "holds", "reserve", "burst", "")
 def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show what tenants hold, and their shares.
 
-    In memory and on this node's disk. A tenant is what workers name in their plugin's settings ("tenant"). Others do
-    not push it below its reserve; above its burst it loses pages first. While there is room nobody loses any. Shares
-    are set in the settings of kvd, one section [tenants.NAME] each; who has none has neither reserve nor limit. A
-    shared tier has one quota for all.
+    In memory, on this node's disk, and in the shared tier, there of all nodes together. A tenant is what workers name
+    in their plugin's settings ("tenant"). Others do not push it below its reserve; above its burst it loses pages
+    first. While there is room nobody loses any. Shares are set in the settings of kvd, one section [tenants.NAME]
+    each; who has none has neither reserve nor limit.
 
     \b
     Examples:

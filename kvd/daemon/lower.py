@@ -41,6 +41,7 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
     if shared.uri is not None:
         chosen = shared.model_dump(mode="json", exclude={"write_delay_s"})
         chosen["node"] = shared.node or socket.gethostname()
+        chosen["shares"] = {n: (s.shared_reserve_bytes, s.shared_burst_bytes) for n, s in settings.tenants.items()}
         found.append(opened(SHARED, "shared", chosen, shared.write_delay_s))
     if found:
         importlib.import_module("kvd.indexmany")  # it brings numpy: 0.1 s that workers would wait for later

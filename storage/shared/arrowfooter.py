@@ -14,13 +14,16 @@ between the batches is nobody's.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
+
+import pyarrow as pa  # type: ignore[import-untyped]
 
 MAGIC: Final = b"ARROW1"
 ENDING: Final = struct.Struct("<i6s")
 _FRONT: Final = struct.Struct("<I6H ihHII 4x I")
 _BLOCK: Final = struct.Struct("<qi4xq")
+_COUNT: Final = struct.Struct("<36xI")  # of the batches
 _FRAME: Final = struct.Struct("<iI")  # what stands before a message: -1, length
 _V5: Final = 4  # MetadataVersion
 _SCHEMA_FIELD: Final = 24
@@ -40,6 +43,17 @@ def footer(schema_message: bytes, blocks: Sequence[Block]) -> bytes:
     front = _FRONT.pack(16, 12, 16, 4, 8, 0, 12, 12, _V5, 0, to_schema, 8, len(blocks))
     body = b"".join((front, *(_BLOCK.pack(*block) for block in blocks), message))
     return body + ENDING.pack(len(body), MAGIC)
+
+
+def metadata(footer: bytes) -> Mapping[bytes, bytes]:
+    """The schema's metadata out of a footer made here, without its length and magic. Nothing where it is damaged."""
+    try:
+        (batches,) = _COUNT.unpack_from(footer)
+        message = footer[_FRONT.size + _BLOCK.size * batches :]
+        schema = pa.ipc.read_schema(pa.py_buffer(_FRAME.pack(-1, len(message)) + message))
+    except (struct.error, pa.ArrowException, OSError):
+        return {}
+    return schema.metadata or {}
 
 
 def _schema_in(message: bytes) -> int:

@@ -1,8 +1,8 @@
-"""Which files of a shared tier are worth rewriting, and which go first when it is full. Pure.
+"""Which files of a shared tier are worth rewriting. Pure.
 
 Every put makes a file. Files of one size class are merged, eight at a time, until they reach the target size, so a
 page is moved about log8(target / put) times; a file of which less than half counts is rewritten alone or with its
-class. A node rewrites only its own files.
+class. A node rewrites only its own files, and those of one tenant together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,11 @@ _CLASS_BITS: Final = 3  # a size class spans a factor of eight
 
 def next_merge(own: Iterable[SealedFile], file_bytes: int) -> list[SealedFile]:
     """Files to be made one, in the order of their pages' age; empty when there is nothing to do."""
-    classes: dict[int, list[SealedFile]] = {}
+    classes: dict[tuple[int, str], list[SealedFile]] = {}
     for file in sorted(own, key=lambda f: f.age_order):
         if file.live_rows and (_worn(file) or file.payload_bytes < file_bytes / 2):
-            classes.setdefault(file.live_bytes.bit_length() // _CLASS_BITS, []).append(file)
+            size_class = file.live_bytes.bit_length() // _CLASS_BITS
+            classes.setdefault((size_class, file.tenant), []).append(file)
     for _, files in sorted(classes.items()):
         chosen = _up_to(files, file_bytes)
         if len(chosen) >= FAN_IN or sum(f.live_bytes for f in chosen) >= file_bytes / 2:
@@ -27,17 +28,6 @@ def next_merge(own: Iterable[SealedFile], file_bytes: int) -> list[SealedFile]:
         if worn_out := [f for f in files if _worn(f)]:
             return _up_to(worn_out, file_bytes)
     return []
-
-
-def victims(files: Iterable[SealedFile], needed_bytes: int) -> list[SealedFile]:
-    """What to delete for so many bytes: what counts for nothing, then the oldest, whoever's they are."""
-    chosen: list[SealedFile] = []
-    for file in sorted(files, key=lambda f: (f.live_rows > 0, f.age_order)):
-        if needed_bytes <= 0:
-            break
-        chosen.append(file)
-        needed_bytes -= file.size
-    return chosen
 
 
 def _up_to(files: Sequence[SealedFile], file_bytes: int) -> list[SealedFile]:

@@ -29,6 +29,7 @@ class SealedFile:
     stamp: int  # when it was made
     size: int
     rows: Rows
+    tenant: str = ""  # whose share it counts against; "" for nobody's
     number: int = -1
     payload_bytes: int = 0
     live_rows: int = 0

@@ -8,11 +8,12 @@ both files, and then the next start finds the old one dead.
 
 import mmap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvd.storage.shared import compaction
+from kvd.storage.quota import Share
+from kvd.storage.shared import compaction, makingroom
 from kvd.storage.shared.sealed import ALIGN
 from kvd.storage.shared.sharedfiles import SharedFiles
 from kvd.storage.shared.stamps import at
@@ -26,6 +27,7 @@ _YOUNG_GRAVE_S: Final = 3600.0  # a compaction that did not know of a grave is o
 class Housekeeping:
     files: SharedFiles
     quota_bytes: int
+    shares: Mapping[str, Share]
     file_bytes: int
     ttl_s: float | None
     grace_s: float
@@ -41,13 +43,16 @@ class Housekeeping:
         self._merge_pages()
         self._merge_graves()
 
-    def make_room(self, needed_bytes: int) -> bool:
-        """Delete the oldest files, so that so many bytes fit the quota. False when they cannot."""
+    def make_room(self, tenant: str, needed_bytes: int) -> bool:
+        """Delete files, so that so many bytes of the tenant's fit the quota. False when they cannot."""
         if needed_bytes > self.quota_bytes:
             return False
         with self.files.lock:
             excess = self.files.bytes_used + needed_bytes - self.quota_bytes
-            chosen = compaction.victims(self.files.copies.files.values(), excess)
+            there = self.files.copies.files.values()
+            chosen = makingroom.victims(there, self.shares, tenant, needed_bytes, excess)
+        if chosen is None:
+            return False
         for file in chosen:
             self.files.counters["evicted files"] += 1
             self.files.delete(file.path)
@@ -87,7 +92,7 @@ class Housekeeping:
             if row is not None:
                 moved.append((row.page, buffers))
                 stamps.append(row.stamp)
-        if moved and self.files.store(moved, stamps, self._fits):
+        if moved and self.files.store(moved, stamps, chosen[0].tenant, self._fits):
             self.files.counters["merged files"] += len(chosen)
 
     def _fits(self, size: int) -> bool:

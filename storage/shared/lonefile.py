@@ -102,7 +102,7 @@ class SealedReader:
                 if file.read(6) != b"ARROW1":
                     raise KvdError(f"{path} is not an Arrow file", "give files of kvdctl export or *.pages.arrow")
             self._depot, self._name = Folder(real.parent), real.name
-            self.rows = index_of(self._depot, Entry(real.name, size), _NEWEST)
+            self.rows = index_of(self._depot, Entry(real.name, size), _NEWEST).rows
             self.specs = _specs_in(real)
         self._pool = ThreadPoolExecutor(_THREADS, "kvdctl-read")
 

@@ -13,11 +13,12 @@ arena without a copy; the gaps are zeros.
     footer   Arrow's, with "ARROW1" at the end of the file
 
 A batch is one row: namespace, key, parent, length, tokens, stamp, checksums (xxh3-128 a shard), payload (all shards
-joined). The schema's metadata: "kvd.version", "kvd.node", and "kvd.namespaces" in an exported file (`lonefile`). The
-index repeats the small columns, for whoever lists thousands of files. A stamp names the put that brought
-a page; it stays when a page moves to another file, and says its age (`stamps`). Files are written once and published
-whole. What a copy of a file that was cut short or flipped can do to a reader: no ending, no seal, or a payload that
-differs from its checksums; each is a miss.
+joined). The schema's metadata: "kvd.version", "kvd.node"; "kvd.tenant" where the pages count against one tenant's
+share; "kvd.namespaces" in an exported file (`lonefile`). The index repeats the small columns, for whoever lists
+thousands of files. A stamp names the put that brought a page; it stays when a page moves to another file, and says its
+age (`stamps`). Files are written once and published whole. What a copy of a file that was cut short or flipped can do
+to a reader: no ending, no seal, or a payload that differs from its checksums; each is a miss. No checksum covers the
+footer: a flip there may count a file against another tenant or none.
 """
 
 import mmap
@@ -29,7 +30,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import xxhash
 
-from kvd.storage.shared.arrowfooter import Block, footer
+from kvd.storage.shared.arrowfooter import Block, footer, metadata
 from kvd.storage.tier import Buffers, Name, Page
 
 VERSION: Final = 1
@@ -43,6 +44,7 @@ _SMALL: Final = struct.Struct("<16s32s32sQQQ")  # a batch's columns before the c
 _FRONT: Final = b"ARROW1\0\0"
 _END_OF_STREAM: Final = b"\xff\xff\xff\xff\0\0\0\0"
 _SUM_BYTES: Final = 16
+_TENANT: Final = "kvd.tenant"
 
 assert _ROW.size == 120
 
@@ -107,6 +109,13 @@ class Rows:
                 raise Unreadable("damaged")
 
 
+class Index(NamedTuple):
+    """What a file's end says of it."""
+
+    rows: Rows
+    tenant: str  # whose share its pages count against; "" for nobody's
+
+
 class Sheet(NamedTuple):
     """A file ready to be written: its parts in order, cut off at `size`.
 
@@ -120,8 +129,11 @@ class Sheet(NamedTuple):
 
 
 @lru_cache
-def schema(node: str, namespaces: str = "") -> pa.Schema:
-    """`namespaces`: what an exported file says of them, see `lonefile`; files of a tier say nothing."""
+def schema(node: str, namespaces: str = "", tenant: str = "") -> pa.Schema:
+    """`namespaces`: what an exported file says of them, see `lonefile`; files of a tier say nothing.
+
+    `tenant`: whose share the pages count against; nothing is said where that is nobody's.
+    """
     fields = [
         ("namespace", pa.binary(16)),
         ("key", pa.binary(32)),
@@ -133,8 +145,7 @@ def schema(node: str, namespaces: str = "") -> pa.Schema:
         ("payload", pa.large_binary()),
     ]
     about = {"kvd.version": str(VERSION), "kvd.node": node}
-    if namespaces:
-        about["kvd.namespaces"] = namespaces
+    about |= {key: said for key, said in (("kvd.namespaces", namespaces), (_TENANT, tenant)) if said}
     return pa.schema([pa.field(*field, nullable=False) for field in fields], metadata=about)
 
 
@@ -144,10 +155,12 @@ def fits(page: Page, buffers: Buffers) -> bool:
     return page.length > 0 and 0 < page.shards == len(buffers) and all(len(buffer) == size for buffer in buffers)
 
 
-def lay_out(pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: str, namespaces: str = "") -> Sheet:
+def lay_out(
+    pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: str, namespaces: str = "", tenant: str = ""
+) -> Sheet:
     """A file of these pages. Its parts are views of the buffers, which must not change until it is written."""
     assert 0 < len(pages) <= MAX_ROWS, "a file has pages"
-    message = bytes(schema(node, namespaces).serialize())
+    message = bytes(schema(node, namespaces, tenant).serialize())
     front = _FRONT + message
     leads = [_lead(page, stamp) for (page, _), stamp in zip(pages, stamps, strict=True)]
     rooms = [_up(len(lead), ALIGN) for lead in leads]
@@ -180,7 +193,7 @@ def lay_out(pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int], node: 
     return Sheet([*parts, end], at + len(tail), index, direct)
 
 
-def read_index(tail: bytes, size: int, newest: int) -> Rows:
+def read_index(tail: bytes, size: int, newest: int) -> Index:
     """The index of a file of `size` bytes that ends with `tail`. Raises Unreadable; TailTooShort: come again."""
     if size < ALIGN or len(tail) < 10 or tail[-6:] != b"ARROW1":
         raise Unreadable("truncated")
@@ -206,7 +219,7 @@ def read_index(tail: bytes, size: int, newest: int) -> Rows:
     middle = start + count * _ROW.size
     rows = Rows(tail[start:middle], tail[middle : middle + checksums * _SUM_BYTES])
     rows.check(size, newest)
-    return rows
+    return Index(rows, metadata(tail[end:-10]).get(_TENANT.encode(), b"").decode(errors="replace"))
 
 
 def _sealed(index: Rows) -> bytes:

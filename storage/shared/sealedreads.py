@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import xxhash
 
 from kvd.storage.shared.depot import Depot, Entry, Piece, ShortRead
-from kvd.storage.shared.sealed import Row, Rows, TailTooShort, Unreadable, read_index
+from kvd.storage.shared.sealed import Index, Row, TailTooShort, Unreadable, read_index
 from kvd.storage.tier import Buffers
 
 GOOD: Final = "good"
@@ -29,7 +29,7 @@ class Wish(NamedTuple):
     buffers: Buffers
 
 
-def index_of(depot: Depot, entry: Entry, stamp: int) -> Rows:
+def index_of(depot: Depot, entry: Entry, stamp: int) -> Index:
     """The index of a file made at that stamp. Raises Unreadable, or OSError."""
     length = min(_TAIL, entry.size)
     while True:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -32,7 +32,8 @@ _AHEAD_S: Final = 86_400.0  # whose clock is further ahead would drag all clocks
 
 
 class SharedFiles:
-    def __init__(self, depot: Depot, node: str, max_pages: int) -> None:
+    def __init__(self, depot: Depot, node: str, max_pages: int, tenants: Collection[str]) -> None:
+        """`tenants`: those with a share; files of others are nobody's."""
         self.depot = depot
         self.node = node
         self.lock = threading.RLock()
@@ -42,6 +43,7 @@ class SharedFiles:
         self.leftovers: dict[str, int] = {}  # temporary and damaged files, with their sizes
         self.counters: Counter[str] = Counter()
         self._max_pages = max_pages
+        self._tenants = tenants
         self._ignored: set[str] = set()
         self._stamps = Stamps()
         self.changes = Changes()  # under the lock
@@ -129,14 +131,15 @@ class SharedFiles:
         return found
 
     def store(
-        self, pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int] | None, room: Callable[[int], bool]
-    ) -> bool:
+        self, pages: Sequence[tuple[Page, Buffers]], stamps: Sequence[int] | None, tenant: str,
+        room: Callable[[int], bool],
+    ) -> bool:  # fmt: skip
         """One file of these pages, durable when True; False when there is no `room` for its bytes.
 
-        `stamps`: the pages are moved, not new.
+        `stamps`: the pages are moved, not new. `tenant`: whose share they count against, "" for nobody's.
         """
         stamp = self.stamp()
-        sheet = lay_out(pages, stamps or [stamp] * len(pages), self.node)
+        sheet = lay_out(pages, stamps or [stamp] * len(pages), self.node, tenant=tenant)
         path = self._path(stamp, "pages")
         if not room(sheet.size):
             return False
@@ -144,7 +147,7 @@ class SharedFiles:
             self.depot.publish(path, sheet.parts, sheet.size, sheet.direct)
         with self.lock:
             self.sizes[path] = sheet.size
-            came = self.copies.add(SealedFile(path, stamp, sheet.size, sheet.rows))
+            came = self.copies.add(SealedFile(path, stamp, sheet.size, sheet.rows, tenant))
             if stamps:
                 self.changes.came(came)
             else:
@@ -217,13 +220,14 @@ class SharedFiles:
                 self.changes.left(self.copies.bury(said.items()))
 
     def _add_pages(self, entry: Entry, stamp: int) -> None:
-        rows = index_of(self.depot, entry, stamp)
+        rows, named = index_of(self.depot, entry, stamp)
+        tenant = named if named in self._tenants else ""
         with self.lock:
             if entry.path in self.copies.files:
                 return
             if len(self.copies) + len(rows) > self._max_pages:
                 raise Unreadable("too many pages")
-            self.changes.came(self.copies.add(SealedFile(entry.path, stamp, entry.size, rows)))
+            self.changes.came(self.copies.add(SealedFile(entry.path, stamp, entry.size, rows, tenant)))
 
     def _ignore(self, entry: Entry, reason: str) -> None:
         with self.lock:

@@ -5,14 +5,17 @@ later. Every node keeps the indexes of all files in memory, some 320 bytes a pag
 them every `poll_s`. Pages that another node has are not written again. `find` and `names` answer from memory; `get`
 reads just the pages asked for. Nodes share nothing but the files, which docs/shared-tier.md describes for others.
 
-The quota is for all nodes together: give them the same. The oldest files go first, whoever wrote them.
+The quota is for all nodes together, and so are the tenants' shares of it: give them the same. The oldest files go
+first, whoever wrote them, as far as the shares allow. Pages of a tenant that has one lie in files of their own, which
+name it. Pages of other tenants, and those that come before `belongs` has said whose they are, are nobody's for good.
 """
 
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,16 +23,19 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import fs
 
 from kvd.errors import SettingsError
+from kvd.storage.quota import Share
 from kvd.storage.shared.bucket import Bucket
 from kvd.storage.shared.depot import Depot
 from kvd.storage.shared.folder import Folder
 from kvd.storage.shared.housekeeping import Housekeeping
+from kvd.storage.shared.makingroom import holdings
 from kvd.storage.shared.sealed import fits
 from kvd.storage.shared.sharedfiles import SharedFiles, as_tier_errors
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
 
 _NODE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAMES_A_GRAVE_FILE: Final = 1 << 19
+_MOST_NAMESPACES: Final = 1 << 14
 
 
 class SharedTier:
@@ -46,11 +52,16 @@ class SharedTier:
         grace_s: float = 60.0,
         leftover_s: float = 3600.0,
         max_pages: int = 4_000_000,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         if not _NODE.fullmatch(node):
             raise SettingsError(f"{node!r} cannot name a folder", "use letters, digits, dots, dashes and underscores")
-        self._files = SharedFiles(open_depot(uri), node, max_pages)
-        self._housekeeping = Housekeeping(self._files, quota_bytes, file_bytes, ttl_s, grace_s, leftover_s)
+        self._shares = shares or {}
+        self._tenant: dict[bytes, str] = {}  # by namespace, of those that have a share; told longest ago first
+        self._files = SharedFiles(open_depot(uri), node, max_pages, self._shares.keys())
+        self._housekeeping = Housekeeping(
+            self._files, quota_bytes, self._shares, file_bytes, ttl_s, grace_s, leftover_s
+        )
         self._quota_bytes, self._file_bytes, self._poll_s = quota_bytes, file_bytes, poll_s
         self._writing = threading.Lock()  # one put at a time, so that the quota holds
         self._polling = threading.Lock()
@@ -72,8 +83,10 @@ class SharedTier:
             for _ in range(2):  # making room may drop what was held: those pages are here, write them again
                 with files.lock:
                     absent = [one for name, one in offered.items() if name not in files.copies]
-                for part in _parts(absent, self._file_bytes):
-                    files.store(part, None, self._housekeeping.make_room)
+                for tenant, pages_of_one in self._by_tenant(absent).items():
+                    room = partial(self._housekeeping.make_room, tenant)
+                    for part in _parts(pages_of_one, self._file_bytes):
+                        files.store(part, None, tenant, room)
             with files.lock:
                 files.changes.knows(name for name in offered if name in files.copies)
                 return [ok and page.name in files.copies for (page, _), ok in zip(pages, good, strict=True)]
@@ -115,16 +128,26 @@ class SharedTier:
         return self._files.news()
 
     def judge(self, density: Sequence[float]) -> None:
-        """Files leave whole, by age and use (see compaction): there is no order of single pages to change."""
+        """Files leave whole, by age and share (see makingroom): there is no order of single pages to change."""
 
     def used(self, pages: Sequence[tuple[Name, int]]) -> None:
         """The same."""
 
     def belongs(self, namespace: bytes, tenant: str) -> None:
-        """All nodes share one quota."""
+        """What is put from now on goes into files of that tenant; what is there stays whose it is."""
+        if tenant in self._shares:
+            self._tenant.pop(namespace, None)
+            self._tenant[namespace] = tenant
+            if len(self._tenant) > _MOST_NAMESPACES:
+                del self._tenant[next(iter(self._tenant))]
 
     def held(self) -> dict[str, int]:
-        return {}
+        """Of all nodes together, as far as this one has read."""
+        if not self._shares:
+            return {}
+        with self._files.lock:
+            quotas = holdings(self._files.copies.files.values(), self._shares)
+        return {tenant: quotas.held(tenant) for tenant in self._shares}
 
     @property
     def floor(self) -> None:
@@ -148,6 +171,13 @@ class SharedTier:
     def close(self) -> None:
         self._closed = True
         self._files.close()
+
+    def _by_tenant(self, pages: Sequence[tuple[Page, Buffers]]) -> dict[str, list[tuple[Page, Buffers]]]:
+        """In the order they came; "": nobody's."""
+        found: dict[str, list[tuple[Page, Buffers]]] = {}
+        for page, buffers in pages:
+            found.setdefault(self._tenant.get(page.namespace, ""), []).append((page, buffers))
+        return found
 
     def _check_open(self) -> None:
         if self._closed:
