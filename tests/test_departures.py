@@ -1,5 +1,6 @@
 """Which page leaves RAM: what is worth least first, leaves before parents, tenants within their shares, pins never."""
 
+import msgspec
 import pytest
 
 from kvd import wire
@@ -115,6 +116,17 @@ def test_after_a_restart_pages_are_their_tenants_again_once_a_worker_joins() -> 
     session = world.session(of("a"))
     assert held(world, session) == 3
     assert world.node.stock.quotas.held("a") > 0
+    assert world.node.stock.quotas.held("") == 0
+    assert world.node.faults() == []
+
+
+def test_who_does_not_say_whose_pages_these_are_takes_them_from_nobody() -> None:
+    world = World(quotas=Quotas({"a": Share(reserve_bytes=1)}))
+    owner = world.session(of("a"))
+    world.put(owner, KEYS[0][:3])
+    nameless = world.session(msgspec.structs.replace(of("a"), tenant=""))
+    world.put(nameless, conversation(1, 2))
+    assert held(world, owner) == len(world.node.residency) == 5
     assert world.node.stock.quotas.held("") == 0
     assert world.node.faults() == []
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from kvd import wire
 from kvd.daemon.gate import Prefill
 from kvd.daemon.group import Group
@@ -106,6 +108,8 @@ class Node:
         ids: list[int] = []
         for spec in specs:
             valid_namespace(spec, self.arena.extent_bytes)
+            if not spec.tenant:  # `kvdctl import`, say: who does not say whose pages these are changes nothing
+                spec = msgspec.structs.replace(spec, tenant=self.labels.tenant(spec.digest))
             if spec not in session.namespaces:
                 if len(session.namespaces) >= MAX_NAMESPACES:
                     raise PeerError(f"{session} joins more than {MAX_NAMESPACES} namespaces")

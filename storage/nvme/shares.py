@@ -15,6 +15,8 @@ from kvd.pages import NAMESPACE_BYTES
 from kvd.storage.quota import Share
 from kvd.storage.tier import NAME_BYTES, Name
 
+MOST_NAMESPACES = 1 << 14  # those that were told last
+
 Names = npt.NDArray[np.void]
 Mask = npt.NDArray[np.bool_]
 
@@ -30,7 +32,10 @@ class Shares:
     def belongs(self, namespace: bytes, tenant: str) -> None:
         """The pages of this namespace are that tenant's."""
         if tenant in self.of:
+            self._tenant.pop(namespace, None)
             self._tenant[namespace] = tenant
+            if len(self._tenant) > MOST_NAMESPACES:
+                del self._tenant[next(iter(self._tenant))]
 
     def count(self, slots: Iterable[tuple[Names, int]]) -> None:
         """Anew: the names of pages, and the bytes of a slot of them."""
