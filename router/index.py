@@ -171,7 +171,9 @@ class Index:
         for mask, blocks in zip(runs.masks, runs.blocks, strict=True):
             for holder in self._holders.named(mask & self._holders.live) if mask & self._holders.live else ():
                 held[holder] += len(blocks)
-        wrong = [f"holder {name}: {n} blocks, counted {held[name]}" for name, n in self._held.items() if n != held[name]]
+        wrong = [
+            f"holder {name}: {n} blocks, counted {held[name]}" for name, n in self._held.items() if n != held[name]
+        ]
         if runs.count > self.max_blocks:
             wrong.append(f"{runs.count} blocks, more than {self.max_blocks}")
         if not self._holders.sweeping and not runs.childless:

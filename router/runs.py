@@ -34,7 +34,9 @@ class Runs:
         self.last: list[int] = []  # one that had it: the only child, where `kids` is 1 and it still says so
         self.count = 0  # blocks
         self.childless: list[int] = []  # runs that lost their last child and that nobody holds: for whoever sweeps
-        self.reuse = True  # False while a sweep goes over the numbers upwards: new runs then come where it is yet to go
+        self.reuse = (
+            True  # False while a sweep goes over the numbers upwards: new runs then come where it is yet to go
+        )
         self._free: list[int] = []
 
     def get(self, block: int) -> int | None:
@@ -204,7 +206,9 @@ class Runs:
             seen += len(blocks)
         if not seen == self.count == sum(map(len, self.shards)):
             wrong.append(f"{seen} blocks in runs, {self.count} counted, {sum(map(len, self.shards))} in the table")
-        return wrong + [f"run {run}: {a} children, counted {b}" for run, (a, b) in enumerate(zip(kids, self.kids)) if a != b]
+        return wrong + [
+            f"run {run}: {a} children, counted {b}" for run, (a, b) in enumerate(zip(kids, self.kids)) if a != b
+        ]
 
     def _take_place(self, run: int, of: int) -> None:
         """Below its parent; `of` is another's child from now on, or none's."""

@@ -172,7 +172,14 @@ def test_every_hash_is_itself(block: int) -> None:
 
 # Chains for the machine: a tree of blocks, each path from its top a chain. Branches at 3, 5, 6 and 11.
 TREE: dict[int, int | None] = {}
-for first, length, below in ((100, 20, None), (200, 9, 102), (300, 9, 105), (400, 6, 305), (500, 5, None), (600, 4, 111)):
+for first, length, below in (
+    (100, 20, None),
+    (200, 9, 102),
+    (300, 9, 105),
+    (400, 6, 305),
+    (500, 5, None),
+    (600, 4, 111),
+):
     for number in range(length):
         TREE[first + number] = first + number - 1 if number else below
 
