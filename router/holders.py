@@ -11,7 +11,8 @@ _DECODED = 4096  # sets of holders that are remembered as such
 
 
 class Holders:
-    """Holder (a small int) <-> bit. As many bits as there were ever holders at once, cleared ones not yet swept included."""
+    """Holder (a small int) <-> bit. As many bits as there ever were holders at once, cleared and not yet swept ones
+    included."""
 
     def __init__(self) -> None:
         self.live = 0  # the bits of all holders

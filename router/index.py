@@ -9,7 +9,7 @@ and removed is kept exactly, whatever order that came in: holders with holes in 
     bounded   by `max_blocks` altogether and by `limit` per holder. Who goes beyond, or contradicts what is known (one
               block under two parents: hashes collided, or a peer errs), is not exact from then on: nothing new is
               taken from it until it is cleared, what it had stays, and `match` says at most the truth about it.
-    clear     at once: the holder's bit is retired, and swept from the runs a little with every store, or by `sweep`.
+    clear     at once: the holder's bit is retired, and swept from the runs a little with every store and clear.
 
 No clock, no I/O, no thread: one owner calls it.
 """
@@ -19,14 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvd.router.holders import Holders
-from kvd.router.runs import ROOT, UNKNOWN, Runs
+from kvd.router.marking import give, take
+from kvd.router.runs import Runs
 
 _SWEPT_PER_STORE = 64  # besides two for each block stored, so that a sweep ends before as much again can come
+_CLEARS_PER_SWEEP = 64  # a sweep is over after twice as many, or so many bits would wait for one as holders leave
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
-    """`blocks` are distinct ones, in `runs` runs; `inexact` of the `holders` are not exact; `sweeping`: see `sweep`."""
+    """`blocks` are distinct ones, in `runs` runs; `inexact` holders are not exact; `sweeping`: see `sweep`."""
 
     blocks: int
     runs: int
@@ -49,7 +51,7 @@ class Index:
         self._cursor = 0  # the run that the sweep under way comes to next
 
     def limit(self, holder: int, blocks: int) -> None:
-        """The most blocks that this holder can have: its pool, as it reports it. Without a limit it is `max_blocks`."""
+        """The most blocks that this holder can have: its pool, as it reports it. Without one it is `max_blocks`."""
         self._limits[holder] = blocks
 
     def exact(self, holder: int) -> bool:
@@ -73,39 +75,32 @@ class Index:
         if holder in self._inexact or not blocks:
             return holder not in self._inexact
         bit = self._holders.bit(holder) or self._join(holder)
-        if (
-            self._has_room(blocks)
-            and self._within_limit(holder, bit, blocks)
-            and self._place(holder, bit, before, blocks)
-        ):
-            return True
+        if self._has_room(blocks) and self._within_limit(holder, bit, blocks):
+            gained, whole = give(self._runs, bit, before, blocks)
+            self._held[holder] += gained
+            if whole:
+                return True
         self._inexact.add(holder)
         return False
 
     def remove(self, holder: int, hashes: Sequence[int]) -> None:
-        """The holder no longer has these blocks, in whatever order. What it never had is ignored. Raises as `store`."""
+        """The holder no longer has these blocks, in any order; what it never had is ignored. Raises as `store`."""
         blocks = array("q", hashes)
         bit = self._holders.bit(holder)
-        runs = self._runs
-        at, total = 0, len(blocks)
-        while at < total:
-            run = runs.get(blocks[at])
-            if run is None or not runs.masks[run] & bit:
-                at += 1
-                continue
-            start = runs.offset(run, blocks[at], total - at)
-            count = _in_common(runs.blocks[run], start, blocks, at)
-            self._take(run, start, count, bit)
-            self._held[holder] -= count
-            at += count
+        if bit:
+            self._held[holder] -= take(self._runs, bit, blocks)
 
     def clear(self, holder: int) -> None:
-        """The holder has nothing, is exact again, and is forgotten until it stores; its limit stays. O(1): see `sweep`."""
+        """The holder has nothing, is exact again, and is forgotten until it stores; its limit stays.
+
+        No more than some ms, however much it had: the rest is for `sweep`.
+        """
         self._inexact.discard(holder)
         self._held.pop(holder, None)
         self._holders.retire(holder)
         if not self._holders.sweeping:
             self._start_sweep()
+        self.sweep(self._runs.count // _CLEARS_PER_SWEEP + _SWEPT_PER_STORE)
 
     def match(self, chain: Sequence[int]) -> dict[int, int]:
         """Holder -> how many of the chain's leading blocks it has; holders that lack the first are left out."""
@@ -140,7 +135,7 @@ class Index:
     def sweep(self, steps: int) -> bool:
         """Take cleared holders' bits, and blocks that nobody has, out of the table: `steps` blocks or runs of it.
 
-        Returns whether there is more to do. Each store does a part, so this only gives the memory back earlier.
+        Returns whether there is more to do. Each store does a part: this only gives the memory back earlier.
         """
         runs = self._runs
         while steps > 0:
@@ -217,105 +212,6 @@ class Index:
             return True
         places = (self._runs.get(block) for block in blocks)
         return held + sum(run is None or not self._runs.masks[run] & bit for run in places) <= limit
-
-    def _place(self, holder: int, bit: int, parent: int | None, blocks: "array[int]") -> bool:
-        """Put the blocks below their parent, stretch by stretch. False at the first that contradicts what is known."""
-        runs = self._runs
-        run, end = ROOT, 0  # what the next block follows: the first `end` blocks of this run
-        placeholder = None
-        if parent is not None:
-            known = runs.get(parent)
-            if known is None:
-                run, end = runs.new(UNKNOWN, 0), 1
-                runs.add(run, (parent,))
-                placeholder = run
-            else:
-                run, end = known, runs.offset(known, parent, len(runs.blocks[known])) + 1
-        at, total = 0, len(blocks)
-        while at < total:
-            known = runs.get(blocks[at])
-            if known is None:
-                run, count = self._append(run, end, bit, blocks[at:] if at else blocks)
-                end = len(runs.blocks[run])
-                self._held[holder] += count
-            else:
-                start = self._follow(run, end, known, blocks[at])
-                if start is None:
-                    break
-                count = _in_common(runs.blocks[known], start, blocks, at)
-                if runs.masks[known] & bit:
-                    run, end = known, start + count
-                else:
-                    run, end = self._give(known, start, count, bit)
-                    self._held[holder] += count
-            at += count
-        if placeholder is not None and not runs.kids[placeholder]:
-            runs.cut(placeholder, 1)
-        return at == total
-
-    def _append(self, run: int, end: int, bit: int, blocks: "array[int]") -> tuple[int, int]:
-        """New blocks after the first `end` of a run. Returns the run they are in, and how many of them were new."""
-        runs = self._runs
-        if run >= 0 and end < len(runs.blocks[run]):
-            run, _ = runs.split(run, end)
-        if run < 0 or runs.kids[run] or runs.masks[run] != bit:
-            run = runs.new(run, bit)
-        return run, runs.add(run, blocks)
-
-    def _follow(self, run: int, end: int, known: int, block: int) -> int | None:
-        """Where in the run `known` the block is that follows the first `end` of `run`; None where it cannot follow."""
-        runs = self._runs
-        blocks = runs.blocks[known]
-        if run == known:
-            return end if end < len(blocks) and blocks[end] == block else None
-        if blocks[0] != block:
-            return None
-        if runs.parents[known] == UNKNOWN:
-            if run >= 0 and runs.oldest(run) == known:
-                return None  # it would come before itself
-            if run >= 0 and end < len(runs.blocks[run]):
-                run, _ = runs.split(run, end)
-            runs.attach(known, run)
-            return 0
-        return 0 if runs.parents[known] == run and (run == ROOT or end == len(runs.blocks[run])) else None
-
-    def _give(self, run: int, start: int, count: int, bit: int) -> tuple[int, int]:
-        """A holder that has none of it gets this stretch of a run. Returns the run it is in now, and where it ends."""
-        runs = self._runs
-        mask = runs.masks[run] | bit
-        parent = runs.parents[run]
-        if start:
-            _, run = runs.split(run, start)
-        elif parent >= 0 and runs.masks[parent] == mask and runs.kids[parent] == 1 and runs.rise(run, count):
-            return parent, len(runs.blocks[parent])
-        if count < len(runs.blocks[run]):
-            run, _ = runs.split(run, count)
-        runs.masks[run] = mask
-        return run, count
-
-    def _take(self, run: int, start: int, count: int, bit: int) -> None:
-        """A holder loses this stretch of a run that it has."""
-        runs = self._runs
-        if start + count < len(runs.blocks[run]):
-            run, _ = runs.split(run, start + count)
-        mask = runs.masks[run] & ~bit
-        child = runs.only_child(run)
-        if not mask and not runs.kids[run]:
-            runs.cut(run, count)
-        elif child is not None and runs.masks[child] == mask:
-            runs.sink(run, count, child)
-        else:
-            if start:
-                _, run = runs.split(run, start)
-            runs.masks[run] = mask
-
-
-def _in_common(some: "array[int]", start: int, others: "array[int]", at: int) -> int:
-    """How many blocks from `start` and `at` on are the same."""
-    most = min(len(some) - start, len(others) - at)
-    if some[start : start + most] == others[at : at + most]:
-        return most
-    return next(n for n in range(most) if some[start + n] != others[at + n])
 
 
 def _leading(blocks: "array[int]", chain: Sequence[int], at: int) -> int:

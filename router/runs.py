@@ -206,9 +206,7 @@ class Runs:
             seen += len(blocks)
         if not seen == self.count == sum(map(len, self.shards)):
             wrong.append(f"{seen} blocks in runs, {self.count} counted, {sum(map(len, self.shards))} in the table")
-        return wrong + [
-            f"run {run}: {a} children, counted {b}" for run, (a, b) in enumerate(zip(kids, self.kids)) if a != b
-        ]
+        return wrong + [f"run {run} has {n} children" for run, n in enumerate(kids) if n != self.kids[run]]
 
     def _take_place(self, run: int, of: int) -> None:
         """Below its parent; `of` is another's child from now on, or none's."""

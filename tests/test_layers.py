@@ -17,6 +17,7 @@ PURE = (
     "kvd.sidecar.prefill", "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
+    "kvd.router.index", "kvd.router.runs", "kvd.router.marking", "kvd.router.holders",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
