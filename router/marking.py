@@ -24,7 +24,7 @@ def give(runs: Runs, bit: int, parent: int | None, blocks: "array[int]") -> tupl
         known = runs.get(parent)
         if known is None:
             run, end = runs.new(UNKNOWN, 0), 1
-            runs.add(run, (parent,))
+            runs.add(run, array("q", (parent,)))
             placeholder = run
         else:
             run, end = known, runs.offset(known, parent, len(runs.blocks[known])) + 1

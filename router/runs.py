@@ -29,9 +29,9 @@ class Runs:
         self.shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
         self.blocks: list[array[int]] = []  # hashes, in the order of the chain
         self.masks: list[int] = []
-        self.parents: list[int] = []
-        self.kids: list[int] = []  # how many runs have this one as parent
-        self.last: list[int] = []  # one that had it: the only child, where `kids` is 1 and it still says so
+        self.parents = array("i")
+        self.kids = array("i")  # how many runs have this one as parent
+        self.last = array("i")  # one that had it: the only child, where `kids` is 1 and it still says so
         self.count = 0  # blocks
         self.childless: list[int] = []  # runs that lost their last child and that nobody holds: for whoever sweeps
         self.reuse = (
@@ -76,11 +76,10 @@ class Runs:
         """A run without blocks below `parent`: the caller adds some at once."""
         if self._free and self.reuse:
             run = self._free.pop()
-            self.blocks[run], self.masks[run], self.kids[run] = array("q"), mask, 0
-            self.parents[run] = self.last[run] = FREE
+            self.masks[run] = mask
         else:
             run = len(self.blocks)
-            self.blocks.append(array("q"))
+            self.blocks.append(_EMPTY)
             self.masks.append(mask)
             self.kids.append(0)
             self.parents.append(FREE)
@@ -95,8 +94,11 @@ class Runs:
             self.kids[parent] += 1
             self.last[parent] = run
 
-    def add(self, run: int, blocks: Sequence[int]) -> int:
-        """Append blocks to a run without children, up to the first that is known already. Returns how many."""
+    def add(self, run: int, blocks: "array[int]") -> int:
+        """Append blocks to a run without children, up to the first that is known already. Returns how many.
+
+        A new run keeps the array that it is given.
+        """
         shards = self.shards
         added = 0
         for block in blocks:
@@ -106,7 +108,11 @@ class Runs:
                 break
             shard[key] = run
             added += 1
-        self.blocks[run].extend(blocks if added == len(blocks) else blocks[:added])
+        new = blocks if added == len(blocks) else blocks[:added]
+        if self.blocks[run]:
+            self.blocks[run].extend(new)
+        else:
+            self.blocks[run] = new
         self.count += added
         return added
 
@@ -162,7 +168,7 @@ class Runs:
             child = self.only_child(run)
             if self.kids[run] and child is None:
                 return False
-            self._renumber(blocks, parent)
+            self._renumber(blocks, self._number(parent))
             self.blocks[parent].extend(blocks)
             self.kids[parent] = self.kids[run]
             if child is not None:
@@ -171,7 +177,7 @@ class Runs:
             self._release(run)
         else:
             moved = blocks[:count]
-            self._renumber(moved, parent)
+            self._renumber(moved, self._number(parent))
             self.blocks[parent].extend(moved)
             self.blocks[run] = blocks[count:]
         return True
@@ -181,7 +187,7 @@ class Runs:
         blocks = self.blocks[run]
         keep = len(blocks) - count
         moved = blocks[keep:]
-        self._renumber(moved, child)
+        self._renumber(moved, self._number(child))
         self.blocks[child] = moved + self.blocks[child]
         if keep:
             del blocks[keep:]
@@ -213,6 +219,11 @@ class Runs:
         parent = self.parents[run] = self.parents[of]
         if parent >= 0:
             self.last[parent] = run
+
+    def _number(self, run: int) -> int:
+        """The integer that its blocks have already: one object for all of them, where any other would be 32 bytes."""
+        block = self.blocks[run][0]
+        return self.shards[block & 255][block >> 8]
 
     def _renumber(self, blocks: Sequence[int], run: int) -> None:
         shards = self.shards

@@ -1,5 +1,6 @@
 """The router's index: what it says of holders is what they said, whatever order that came in; and it is bounded."""
 
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -148,6 +149,34 @@ def test_one_block_under_two_parents_is_a_contradiction() -> None:
     assert not index.store(3, OTHER[7], OTHER[5:6]), "a block that comes before itself"
     index.clear(3)
     assert swept(index).stats().blocks == 10
+
+
+def test_a_block_takes_at_most_120_bytes_however_many_have_it() -> None:
+    blocks = 48_000  # its tables have just grown: the worst moment
+    tracemalloc.start()
+    try:
+        index = Index(10 * blocks)
+        for at in range(0, blocks, 32):
+            hashes = [hash((at, n)) for n in range(32)]
+            for holder in range(at % 64, 512, 64):
+                index.store(holder, None, hashes)
+        del hashes
+        assert tracemalloc.get_traced_memory()[0] <= 120 * index.stats().blocks
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_comes_back_and_bits_are_used_again_when_holders_come_and_go() -> None:
+    index = Index(5_000)
+    for n in range(2_000):
+        index.store(n, None, [hash((n, number)) for number in range(10)])
+        index.store(n, None, CHAIN[:50])
+        if n >= 3:
+            index.clear(n - 3)
+        assert index.match(CHAIN) == dict.fromkeys(range(max(0, n - 2), n + 1), 50)
+    assert index._holders.live.bit_length() < 300
+    assert swept(index).stats().blocks == 80
+    assert index.stats().holders == 3
 
 
 @pytest.mark.parametrize("hashes", [[1 << 63], [1, 2, -(1 << 63) - 1], [1.5], ["a"], [None]])
