@@ -6,8 +6,8 @@ and removed is kept exactly, whatever order that came in: holders with holes in 
     match     exact for chained hashes (equal hashes mean equal prefixes: sglang.md 4.4): per holder, the number of
               blocks from the first on that it has, no hole before them. It takes one step per run on the way
               (`runs`) and a binary search in the last one; nothing in it relies on a holder having no holes. A
-              holder that names wrong parents may be credited with other blocks than it claims, never with more of them;
-              and by its doing others may be refused (see bounded), never credited with what they have not.
+              holder that names wrong parents may be credited with other blocks than it claims, never with more of
+              them; others may be refused by its doing (see bounded), never credited with what they do not have.
     bounded   by `max_blocks` altogether and by `limit` per holder. Who goes beyond, or contradicts what is known (one
               block under two parents: hashes collided, or a peer errs), is not exact from then on: nothing new is
               taken from it until it is cleared, what it had stays, and `match` says at most the truth about it.
