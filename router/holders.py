@@ -60,7 +60,7 @@ class Holders:
         self.sweeping = 0
 
     def named(self, mask: int) -> list[int]:
-        """The holders of a mask of live bits. The list is not the caller's to change."""
+        """The holders of a mask of live bits, one at least. The list is not the caller's to change."""
         if not mask & (mask - 1):
             return [self._names[mask.bit_length() - 1]]
         found = self._decoded.get(mask)

@@ -111,7 +111,7 @@ class Index:
         named = self._holders.named
         found: dict[int, int] = {}
         live = self._holders.live
-        at, total = 0, len(chain)
+        at, total = 0, len(chain) if live else 0
         while at < total:
             block = chain[at]
             run = shards[block & 255].get(block >> 8)

@@ -104,6 +104,8 @@ def test_clearing_takes_effect_at_once_and_is_swept_up_by_what_is_stored_later()
     for n in range(100):
         index.store(1, None, [hash(("new", n))])
     assert index.stats().blocks == 110
+    index.clear(1)
+    assert index.match(CHAIN) == {}, "nobody is left, though the blocks are"
     swept(index)
 
 
