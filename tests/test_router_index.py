@@ -6,7 +6,13 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvd.router.index import Index
 
@@ -318,9 +324,16 @@ class Hostile(Machine):
     liars = 2
 
 
-QUICK = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-for machine in (Machine, Crowded, Hostile):
-    machine.TestCase.settings = QUICK
-TestMachine = Machine.TestCase
-TestCrowded = Crowded.TestCase
-TestHostile = Hostile.TestCase
+USUAL = settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+MACHINES = (Machine, Crowded, Hostile)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_index_says_what_sets_say(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=USUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_index_says_what_sets_say_at_length(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(USUAL, max_examples=600))
