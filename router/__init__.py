@@ -1,1 +1,1 @@
-"""The router's room. Nothing lives here yet; ARCHITECTURE.md says what will."""
+"""The router: which worker a request goes to. ARCHITECTURE.md has a line for each module."""

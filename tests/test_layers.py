@@ -18,6 +18,7 @@ PURE = (
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
     "kvd.storage.shared.compaction", "kvd.storage.shared.makingroom",
+    "kvd.router.index", "kvd.router.runs", "kvd.router.marking", "kvd.router.holders",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}

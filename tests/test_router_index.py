@@ -1,0 +1,339 @@
+"""The router's index: what it says of holders is what they said, whatever order that came in; and it is bounded."""
+
+import tracemalloc
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvd.router.index import Index
+
+CHAIN = [hash(("chain", n)) for n in range(1000)]
+OTHER = [hash(("other", n)) for n in range(1000)]
+
+
+def leading(held: set[int], chain: Sequence[int]) -> int:
+    count = 0
+    while count < len(chain) and chain[count] in held:
+        count += 1
+    return count
+
+
+def swept(index: Index) -> Index:
+    while index.sweep(100):
+        pass
+    assert index.faults() == []
+    return index
+
+
+def test_holders_are_credited_with_what_they_have_from_the_first_block_on() -> None:
+    index = Index(10_000)
+    index.store(1, None, CHAIN[:100])
+    index.store(2, None, CHAIN[:40])
+    index.store(2, CHAIN[9], OTHER[:5])
+    assert index.match(CHAIN) == {1: 100, 2: 40}
+    assert index.match(CHAIN[:30]) == {1: 30, 2: 30}
+    assert index.match([*CHAIN[:10], *OTHER]) == {1: 10, 2: 15}
+    assert index.match([*CHAIN[:70], *OTHER]) == {1: 70, 2: 40}
+    assert index.match([0, *OTHER]) == {}
+    assert index.match([]) == {}
+    assert (index.held(1), index.held(2)) == (100, 45)
+    swept(index)
+
+
+def test_what_lies_behind_a_hole_counts_for_nothing_until_it_is_filled() -> None:
+    index = Index(10_000)
+    index.store(1, None, CHAIN[:100])
+    index.remove(1, CHAIN[30:40])
+    assert index.match(CHAIN) == {1: 30}
+    index.store(1, CHAIN[29], CHAIN[30:40])
+    assert index.match(CHAIN) == {1: 100}
+    swept(index)
+
+
+def test_children_that_come_before_their_parents_count_once_those_are_there() -> None:
+    index = Index(10_000)
+    assert index.store(1, CHAIN[59], CHAIN[60:80])
+    assert index.store(1, CHAIN[19], CHAIN[20:60])
+    assert index.match(CHAIN) == {}
+    assert index.store(1, None, CHAIN[:20])
+    assert index.match(CHAIN) == {1: 80}
+    swept(index)
+
+
+def test_a_chain_stored_and_evicted_in_pieces_by_many_stays_a_few_runs() -> None:
+    index = Index(10_000)
+    for holder in range(4):
+        for at in range(0, 1000, 25):
+            index.store(holder, CHAIN[at - 1] if at else None, CHAIN[at : at + 25])
+        assert index.stats().runs <= 2, holder
+    for holder in range(3):
+        for at in range(1000, 200, -25):
+            index.remove(holder, CHAIN[at - 25 : at])
+            assert index.match(CHAIN)[holder] == at - 25
+        assert index.stats().runs <= 2, holder
+    assert index.match(CHAIN) == {0: 200, 1: 200, 2: 200, 3: 1000}
+    swept(index)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+def test_what_nobody_has_is_forgotten(order: str) -> None:
+    index = Index(10_000)
+    index.store(1, None, CHAIN)
+    index.store(1, CHAIN[99], OTHER)
+    for hashes in (CHAIN, OTHER):
+        index.remove(1, hashes if order == "forwards" else hashes[::-1])
+    assert index.match(CHAIN) == {}
+    assert swept(index).stats().blocks == 0
+    assert index.held(1) == 0
+
+
+def test_clearing_takes_effect_at_once_and_is_swept_up_by_what_is_stored_later() -> None:
+    index = Index(10_000)
+    for holder in (1, 2):
+        index.store(holder, None, CHAIN)
+        index.store(holder, None, OTHER)
+    index.clear(1)
+    assert index.match(CHAIN) == {2: 1000}
+    index.store(1, None, CHAIN[:10])
+    assert index.match(CHAIN) == {1: 10, 2: 1000}
+    index.clear(2)
+    assert index.match(CHAIN) == {1: 10}
+    for n in range(100):
+        index.store(1, None, [hash(("new", n))])
+    assert index.stats().blocks == 110
+    index.clear(1)
+    assert index.match(CHAIN) == {}, "nobody is left, though the blocks are"
+    swept(index)
+
+
+def test_a_full_index_refuses_and_says_who_is_not_exact_until_cleared() -> None:
+    index = Index(1001)
+    assert index.store(1, None, CHAIN)
+    assert index.store(2, None, CHAIN), "no new blocks"
+    assert not index.store(2, None, OTHER[:2])
+    assert not index.store(2, CHAIN[-1], OTHER[:1]), "though there would be room"
+    assert (index.exact(1), index.exact(2), index.stats().inexact) == (True, False, 1)
+    assert index.match(CHAIN) == {1: 1000, 2: 1000}, "what it had is true all the same"
+    index.remove(2, CHAIN[500:])
+    assert index.match(CHAIN) == {1: 1000, 2: 500}
+    index.clear(2)
+    assert index.store(2, None, CHAIN[:7])
+    assert index.match(CHAIN) == {1: 1000, 2: 7}
+    index.clear(1)
+    index.clear(2)
+    assert index.store(1, None, OTHER), "what was cleared gives room"
+    swept(index)
+
+
+def test_a_holder_that_says_it_has_more_than_it_can_is_not_believed() -> None:
+    index = Index(10_000)
+    index.limit(1, 100)
+    assert index.store(1, None, CHAIN[:100])
+    assert index.store(1, None, CHAIN[50:100][:0])
+    assert index.store(1, CHAIN[49], CHAIN[50:100]), "it has those"
+    assert not index.store(1, CHAIN[99], CHAIN[100:101])
+    assert index.match(CHAIN) == {1: 100}
+    swept(index)
+
+
+def test_one_block_under_two_parents_is_a_contradiction() -> None:
+    index = Index(10_000)
+    assert index.store(1, None, CHAIN[:10])
+    for parent, hashes in ((None, CHAIN[3:5]), (CHAIN[7], CHAIN[2:3]), (CHAIN[9], CHAIN[:2]), (OTHER[0], CHAIN[4:6]),
+                           (None, [OTHER[1], OTHER[2], OTHER[1]])):  # fmt: skip
+        assert not index.store(2, parent, hashes)
+        index.clear(2)
+        assert index.match(CHAIN) == {1: 10}
+    assert index.store(3, OTHER[5], OTHER[6:8])
+    assert not index.store(3, OTHER[7], OTHER[5:6]), "a block that comes before itself"
+    index.clear(3)
+    assert swept(index).stats().blocks == 10
+
+
+def test_a_block_takes_at_most_120_bytes_however_many_have_it() -> None:
+    blocks = 48_000  # its tables have just grown: the worst moment
+    tracemalloc.start()
+    try:
+        index = Index(10 * blocks)
+        for at in range(0, blocks, 32):
+            hashes = [hash((at, n)) for n in range(32)]
+            for holder in range(at % 64, 512, 64):
+                index.store(holder, None, hashes)
+        del hashes
+        assert tracemalloc.get_traced_memory()[0] <= 120 * index.stats().blocks
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_comes_back_and_bits_are_used_again_when_holders_come_and_go() -> None:
+    index = Index(5_000)
+    for n in range(2_000):
+        index.store(n, None, [hash((n, number)) for number in range(10)])
+        index.store(n, None, CHAIN[:50])
+        if n >= 3:
+            index.clear(n - 3)
+        assert index.match(CHAIN) == dict.fromkeys(range(max(0, n - 2), n + 1), 50)
+    assert index._holders.live.bit_length() < 300
+    assert swept(index).stats().blocks == 80
+    assert index.stats().holders == 3
+
+
+@pytest.mark.parametrize("hashes", [[1 << 63], [1, 2, -(1 << 63) - 1], [1.5], ["a"], [None]])
+def test_what_is_no_hash_changes_nothing(hashes: list[int]) -> None:
+    index = Index(100)
+    with pytest.raises((OverflowError, TypeError)):
+        index.store(1, None, hashes)
+    with pytest.raises((OverflowError, TypeError)):
+        index.store(1, 1 << 63, [1])
+    with pytest.raises((OverflowError, TypeError)):
+        index.remove(1, hashes)
+    assert swept(index).stats().blocks == 0
+
+
+@given(st.integers(-(1 << 63), (1 << 63) - 1))
+def test_every_hash_is_itself(block: int) -> None:
+    index = Index(10)
+    index.store(1, None, [block])
+    assert index.match([block]) == {1: 1}
+    assert index.match([block ^ 1]) == index.match([block ^ (1 << 62)]) == {}
+
+
+# Chains for the machine: a tree of blocks, each path from its top a chain. Branches at 3, 5, 6 and 11.
+TREE: dict[int, int | None] = {}
+for first, length, below in (
+    (100, 20, None),
+    (200, 9, 102),
+    (300, 9, 105),
+    (400, 6, 305),
+    (500, 5, None),
+    (600, 4, 111),
+):
+    for number in range(length):
+        TREE[first + number] = first + number - 1 if number else below
+
+
+def path(block: int) -> list[int]:
+    """From the top to this block."""
+    above = TREE[block]
+    return [block] if above is None else [*path(above), block]
+
+
+BLOCKS = st.sampled_from(sorted(TREE))
+TIPS = [block for block in TREE if block not in TREE.values()]
+HOLDERS = st.integers(0, 3)
+
+
+class Machine(RuleBasedStateMachine):
+    """The index against sets. Hashes are chained; what comes when is anybody's guess."""
+
+    max_blocks = 1000
+    liars = 0  # so many of the holders name any parent for any block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = Index(self.max_blocks)
+        self.truth: dict[int, set[int]] = {holder: set() for holder in range(4)}
+        self.exact = dict.fromkeys(range(4), True)
+
+    @rule(holder=HOLDERS, tip=BLOCKS, skip=st.integers(0, 12))
+    def store(self, holder: int, tip: int, skip: int) -> None:
+        self._store(holder, *self._stretch(tip, skip))
+
+    @rule(holder=HOLDERS, tip=st.sampled_from(TIPS))
+    def store_all(self, holder: int, tip: int) -> None:
+        self._store(holder, None, path(tip))
+
+    @rule(holder=HOLDERS, tip=BLOCKS, skip=st.integers(0, 12), backwards=st.booleans())
+    def remove(self, holder: int, tip: int, skip: int, backwards: bool) -> None:
+        _, blocks = self._stretch(tip, skip)
+        self.index.remove(holder, blocks[::-1] if backwards else blocks)
+        self.truth[holder] -= set(blocks)
+
+    @rule(holder=HOLDERS, blocks=st.lists(BLOCKS, max_size=5))
+    def remove_any(self, holder: int, blocks: list[int]) -> None:
+        self.index.remove(holder, blocks)
+        self.truth[holder] -= set(blocks)
+
+    @rule(holder=HOLDERS)
+    def clear(self, holder: int) -> None:
+        self.index.clear(holder)
+        self.truth[holder] = set()
+        self.exact[holder] = True
+
+    @rule(steps=st.integers(1, 30))
+    def sweep(self, steps: int) -> None:
+        self.index.sweep(steps)
+
+    @precondition(lambda self: self.liars)
+    @rule(holder=st.integers(0, 1), parent=st.none() | BLOCKS, blocks=st.lists(BLOCKS, min_size=1, max_size=6))
+    def contradict(self, holder: int, parent: int | None, blocks: list[int]) -> None:
+        self._store(holder, parent, blocks)
+
+    @invariant()
+    def says_the_truth(self) -> None:
+        assert self.index.faults() == []
+        for tip in TIPS:
+            chain = path(tip)
+            for asked in (chain, chain[: len(chain) // 2], [*chain, 999]):
+                found = self.index.match(asked)
+                for holder, held in self.truth.items():
+                    if holder < self.liars:
+                        assert found.get(holder, 0) <= len(held), "credited with more blocks than it says it has"
+                    elif self.exact[holder] and not self.liars:
+                        assert found.get(holder, 0) == leading(held, asked)
+                    else:
+                        assert found.get(holder, 0) <= leading(held, asked)
+                assert 0 not in found.values()
+
+    def teardown(self) -> None:
+        for holder in self.truth:
+            self.index.clear(holder)
+        while self.index.sweep(10):
+            pass
+        assert self.index.faults() == []
+        assert self.index.stats().blocks == 0
+
+    def _stretch(self, tip: int, skip: int) -> tuple[int | None, list[int]]:
+        blocks = path(tip)
+        first = min(skip, len(blocks) - 1)
+        return blocks[first - 1] if first else None, blocks[first:]
+
+    def _store(self, holder: int, parent: int | None, blocks: list[int]) -> None:
+        self.exact[holder] = self.index.store(holder, parent, blocks)
+        self.truth[holder] |= set(blocks)  # refused or not: it is what the holder has
+        if not self.liars and self.max_blocks == 1000:
+            assert self.exact[holder]
+
+
+class Crowded(Machine):
+    max_blocks = 24
+
+
+class Hostile(Machine):
+    """Liars get nothing for the others: a holder that does not lie never gets more than it has."""
+
+    liars = 2
+
+
+USUAL = settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+MACHINES = (Machine, Crowded, Hostile)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_index_says_what_sets_say(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=USUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_index_says_what_sets_say_at_length(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(USUAL, max_examples=600))
