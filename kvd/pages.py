@@ -74,14 +74,32 @@ def digest_of(tag: bytes, extra_key: str | None, cache_salt: str | None) -> byte
 
 def chain(tokens: Sequence[int], page_tokens: int, parent: bytes | None = None) -> list[bytes]:
     """Page keys of every full page of `tokens`; a tail shorter than a page has no key."""
+    whole = tokens[: len(tokens) // page_tokens * page_tokens]
+    try:
+        return chain_packed(struct.pack(f"<{len(whole)}I", *whole), page_tokens, parent)
+    except struct.error:  # a token that needs more than 32 bits; one below zero fails again
+        return _chain_wide(whole, page_tokens, parent)
+
+
+def chain_packed(tokens: bytes | memoryview, page_tokens: int, parent: bytes | None = None) -> list[bytes]:
+    """The same of tokens that lie as little-endian uint32 already."""
     keys: list[bytes] = []
-    layout = struct.Struct(f"<{page_tokens}I")
-    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
+    page_bytes = 4 * page_tokens
+    for start in range(0, len(tokens) - page_bytes + 1, page_bytes):
+        digest = hashlib.sha256(parent or b"")
+        digest.update(tokens[start : start + page_bytes])
+        parent = digest.digest()
+        keys.append(parent)
+    return keys
+
+
+def _chain_wide(tokens: Sequence[int], page_tokens: int, parent: bytes | None) -> list[bytes]:
+    """Pages with such a token are marked, and packed as uint64."""
+    keys: list[bytes] = []
+    for start in range(0, len(tokens), page_tokens):
         page = tokens[start : start + page_tokens]
-        try:
-            body = layout.pack(*page)
-        except struct.error:  # a token that needs more than 32 bits; one below zero fails again
-            body = b"\xff" + struct.pack(f"<{page_tokens}Q", *page)
-        parent = hashlib.sha256((parent or b"") + body).digest()
+        wide = max(page) >= 1 << 32
+        body = struct.pack(f"<{page_tokens}{'Q' if wide else 'I'}", *page)
+        parent = hashlib.sha256((parent or b"") + (b"\xff" if wide else b"") + body).digest()
         keys.append(parent)
     return keys

@@ -58,7 +58,8 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder, KvEventLoraNames
 def python_hash(tokens, prior, page):  # instead of the compiled one, which takes half a minute to build
     out = []
     for at in range(0, len(tokens) - page + 1, page):
-        prior = hashlib.sha256((prior or b"") + b"".join(t.to_bytes(4, "little") for t in tokens[at : at + page])).digest()
+        body = b"".join(token.to_bytes(4, "little") for token in tokens[at : at + page])
+        prior = hashlib.sha256((prior or b"") + body).digest()
         out.append(prior.hex())
     return out
 
@@ -74,7 +75,8 @@ for case in json.load(sys.stdin):
         extra_key, cache_salt, is_bigram = extra, salt, False
         token_ids = property(lambda self: list(self))
     root = SimpleNamespace(key=Key(), parent=None, hash_value=[], event_hash_value=None)
-    node = SimpleNamespace(key=Key(ids[: len(ids) // page * page]), parent=root, hash_value=None, event_hash_value=None)
+    whole = Key(ids[: len(ids) // page * page])
+    node = SimpleNamespace(key=whole, parent=root, hash_value=None, event_hash_value=None)
     recorder = KVCacheEventRecorder(
         enabled=True, page_size=page, dynamo_format=case["format"] == "dynamo", lora_names=names
     )

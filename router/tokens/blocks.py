@@ -4,18 +4,20 @@ A block is a page: its key is the page key of kvd.pages, chained from a seed, an
 that key as a signed integer. What the seed and the hash name besides the tokens differs by event format:
 
     format   chain starts from                              each hash is then
-    default  the cache_salt's digest; extra_key is ignored  hashed with (extra_key + adapter id), for LoRA requests only
-    dynamo   the same                                       hashed with (extra_key + adapter id, cache_salt), where any is
+    default  the cache_salt's digest; extra_key is ignored  for LoRA requests, hashed with (extra_key + adapter id)
+    dynamo   the same                                       hashed with (extra_key + adapter id, cache_salt), if any
 
 Only whole pages have a hash. Always true: the chain of a prompt begins with the chain of each of its prefixes.
 """
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from kvd.pages import KEY_BYTES, chain, digest_of
+from kvd.pages import KEY_BYTES, chain, chain_packed, digest_of
 from kvd.router.tokens.outcome import Namespace, NoTokens, Why
 
 Format = Literal["default", "dynamo"]
@@ -76,11 +78,11 @@ class Chain:
         self._keys = bytearray()
 
     def extend(self, ids: Sequence[int]) -> None:
-        """`ids` is the whole sequence, from the first token; its tokens up to the last whole page are never to change."""
+        """`ids` is the whole sequence, from the first token; what was given before must not have changed."""
         done, page = len(self.hashes), self.naming.page_tokens
         if len(ids) < (done + 1) * page:
             return
-        for key in chain(ids[done * page :], page, self._parent()):
+        for key in _keys(ids[done * page :], page, self._parent()):
             self._keys += key
             self.hashes.append(self.naming.hash(key))
 
@@ -93,6 +95,13 @@ class Chain:
 
     def _parent(self) -> bytes | None:
         return bytes(self._keys[-KEY_BYTES:]) if self._keys else self.naming.parent
+
+
+def _keys(ids: Sequence[int], page_tokens: int, parent: bytes | None) -> list[bytes]:
+    """An array of uint32 lies in memory as its page keys want it."""
+    if isinstance(ids, array) and ids.typecode == "I" and sys.byteorder == "little":
+        return chain_packed(memoryview(ids).cast("B"), page_tokens, parent)
+    return chain(ids, page_tokens, parent)
 
 
 def hashes(ids: Sequence[int], naming: Naming) -> list[int]:

@@ -1,10 +1,9 @@
-"""What became of a request's tokens: the ids, or the reason why there are none. Pure.
+"""Why a request has no tokens here, and what besides them names its blocks. Pure.
 
 No tokens is a value: the request is routed without prefix credit, and counted under its reason. `NoTokens` travels
-inside this package only; `kvd.router.tokens.requests` turns it into a `Tokenised` at the edge.
+inside this package only; `kvd.router.tokens.requests` turns it into a value at the edge.
 """
 
-from array import array
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,17 +44,3 @@ class Namespace:
 
 
 PLAIN = Namespace()
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenised:
-    """One prompt of a request. `ids` are the worker's (uint32), or None with `reason` and what exactly in `detail`."""
-
-    ids: "array[int] | None"
-    reason: Why | None = None
-    detail: str = ""
-    namespace: Namespace = PLAIN
-
-    @classmethod
-    def none(cls, failure: NoTokens, namespace: Namespace = PLAIN) -> "Tokenised":
-        return cls(None, failure.why, failure.detail, namespace)
