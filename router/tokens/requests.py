@@ -105,6 +105,15 @@ class Tokeniser:
             return []
         return self.encoder.hashes(prompt.encoded or Encoded(prompt.ids), naming)
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """As they are written."""
+        return list(dict.fromkeys(self._folder.special_tokens.values()))
+
+    def text(self, text: str) -> "array[int]":
+        """Ids of a text as a completion's prompt has them."""
+        return self.encoder.surround(self.encoder.encode(text), text).ids
+
     def close(self) -> None:
         self.encoder.close()
 
