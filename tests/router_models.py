@@ -34,16 +34,29 @@ TEMPLATE = """\
     {%- set ns.n = ns.n + 1 %}
     {%- if message.role == 'function' %}{{ raise_exception('no functions here') }}{% endif %}
     {%- if message.role == 'assistant' %}<|turn|>assistant
-{% generation %}{% if message.reasoning_content is defined and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>
-{% endif %}{{ shown(message.content) | trim }}{% for call in message.tool_calls or [] %}<|tool|>{{ call | tojson }}
-{{ call.function.name }}({% for key, value in call.function.arguments.items() %}{{ key }}={{ value | tojson }}, {% endfor %})
-{% endfor %}{% endgeneration %}<|end|>
-    {%- else %}<|turn|>{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}{% if message.tool_call_id %} #{{ message.tool_call_id }}{% endif %}
-{{ message['content'] if message['content'] is string else '' }}{% for content in message['content'] if message['content'] is not string %}{{ content | tojson }}{% endfor %}<|end|>
+{% generation %}
+        {%- if message.reasoning_content is defined and message.reasoning_content %}
+<think>{{ message.reasoning_content }}</think>
+        {% endif %}
+        {{- shown(message.content) | trim }}
+        {%- for call in message.tool_calls or [] %}
+<|tool|>{{ call | tojson }}
+{{ call.function.name }}(
+            {%- for key, value in call.function.arguments.items() %}{{ key }}={{ value | tojson }}, {% endfor %})
+        {%- endfor %}
+    {%- endgeneration %}<|end|>
+    {%- else %}<|turn|>{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}
+    {%- if message.tool_call_id %} #{{ message.tool_call_id }}{% endif %}
+
+{{ message['content'] if message['content'] is string else '' }}
+        {%- for content in message['content'] if message['content'] is not string %}{{ content | tojson }}{% endfor -%}
+<|end|>
     {%- endif %}
 {% endfor %}
 {%- if add_generation_prompt %}<|turn|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think></think>{% elif reasoning_effort %}<effort {{ reasoning_effort }}>{% endif %}{% endif %}
+    {% if enable_thinking is defined and not enable_thinking %}<think></think>
+    {%- elif reasoning_effort %}<effort {{ reasoning_effort }}>{% endif %}
+{% endif %}
 {%- if documents %}{{ documents | tojson }}{% endif %}{{- color | default('') }}"""
 
 

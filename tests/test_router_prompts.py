@@ -73,18 +73,36 @@ R_TOOL = {"type": "function", "name": "get_weather", "description": "x", "parame
 R_CALL = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Köln"}', "id": "fc"}
 
 CASES: list[Case] = [
-    chat(user("Hi")), chat(user("")), chat(user(" \n")), chat(user(UNICODE)), chat(user(SPECIAL)), chat(SYSTEM, user("Hi")),
-    chat(*TURNS), chat(SYSTEM, *TURNS[1:], SYSTEM, user("again")), chat(user("a"), user("b")), chat(assistant("only me")),
-    chat(*TURNS, assistant("So ")), chat(*TURNS, assistant("So "), continue_final_message=True),
-    chat(*TURNS, assistant(""), continue_final_message=True), chat(*TURNS, continue_final_message=True),
+    chat(user("Hi")),
+    chat(user("")),
+    chat(user(" \n")),
+    chat(user(UNICODE)),
+    chat(user(SPECIAL)),
+    chat(SYSTEM, user("Hi")),
+    chat(*TURNS),
+    chat(SYSTEM, *TURNS[1:], SYSTEM, user("again")),
+    chat(user("a"), user("b")),
+    chat(assistant("only me")),
+    chat(*TURNS, assistant("So ")),
+    chat(*TURNS, assistant("So "), continue_final_message=True),
+    chat(*TURNS, assistant(""), continue_final_message=True),
+    chat(*TURNS, continue_final_message=True),
     chat(user("x"), assistant(UNICODE), continue_final_message=True),
     chat(user("x"), assistant(TEXT_PARTS), continue_final_message=True),
-    chat(user(TEXT_PARTS)), chat({"role": "system", "content": TEXT_PARTS}, user([{"type": "text", "text": ""}])),
-    chat(user([])), chat({"role": "SYSTEM", "content": "loud"}, user("x")), chat({"role": "developer", "content": "d"}, user("x")),
-    chat({"role": "latest_reminder", "content": "l"}, user("x")), chat({"role": "function", "name": "f", "content": "l"}),
-    chat(user("named", name="Ann")), chat({"role": "system", "content": "s", "name": "Bob"}, user("x")),
-    chat(user("x"), tools=[WEATHER]), chat(user("x"), tools=[WEATHER, BARE, STRICT]), chat(user("x"), tools=[]),
-    chat(user("x"), tools=[WEATHER], tool_choice="none"), chat(user("x"), tools=[WEATHER, BARE], tool_choice="required"),
+    chat(user(TEXT_PARTS)),
+    chat({"role": "system", "content": TEXT_PARTS}, user([{"type": "text", "text": ""}])),
+    chat(user([])),
+    chat({"role": "SYSTEM", "content": "loud"}, user("x")),
+    chat({"role": "developer", "content": "d"}, user("x")),
+    chat({"role": "latest_reminder", "content": "l"}, user("x")),
+    chat({"role": "function", "name": "f", "content": "l"}),
+    chat(user("named", name="Ann")),
+    chat({"role": "system", "content": "s", "name": "Bob"}, user("x")),
+    chat(user("x"), tools=[WEATHER]),
+    chat(user("x"), tools=[WEATHER, BARE, STRICT]),
+    chat(user("x"), tools=[]),
+    chat(user("x"), tools=[WEATHER], tool_choice="none"),
+    chat(user("x"), tools=[WEATHER, BARE], tool_choice="required"),
     chat(user("x"), tools=[WEATHER, BARE], tool_choice={"type": "function", "function": {"name": "now"}}),
     chat({"role": "system", "content": "s", "tools": [BARE]}, user("x")),
     chat({"role": "system", "content": "s", "tools": [BARE]}, user("x"), tools=[WEATHER]),
@@ -96,31 +114,88 @@ CASES: list[Case] = [
     chat(user("x"), assistant(None, tool_calls=[]), user("y")),
     chat(user("x"), assistant("y", reasoning_content="because"), user("z")),
     chat(user("x"), assistant([{"type": "thinking", "thinking": "hm"}, *TEXT_PARTS]), user("z")),
-    chat(user("x"), reasoning_effort="none"), chat(user("x"), reasoning_effort="high"), chat(user("x"), reasoning_effort=0.5),
-    chat(user("x"), reasoning={"effort": "low"}), chat(user("x"), reasoning={"enabled": "yes"}),
+    chat(user("x"), reasoning_effort="none"),
+    chat(user("x"), reasoning_effort="high"),
+    chat(user("x"), reasoning_effort=0.5),
+    chat(user("x"), reasoning={"effort": "low"}),
+    chat(user("x"), reasoning={"enabled": "yes"}),
     chat(user("x"), chat_template_kwargs={"enable_thinking": False, "color": "red"}),
-    chat(user("x"), reasoning_effort="low", chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "high"}),
+    chat(
+        user("x"), reasoning_effort="low", chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "high"}
+    ),
     chat(user("x"), chat_template_kwargs={"documents": [{"title": "t", "text": "ü"}], "bos_token": "!"}),
-    chat(user("x"), cache_salt="s", extra_key="e", stream=True), chat(user("long " * 3000 + UNICODE), *TURNS[2:]),
-    anthropic(user("Hi")), anthropic(user([block("text", text="a"), block("text", text="b")]), system="sys"),
-    anthropic(user("Hi"), system=[block("text", text="s1", cache_control={"type": "ephemeral"}), block("text", text="s2")]),
-    anthropic(user("x"), assistant([block("text", text="calling"), USE]),
-              user([block("text", text="see"), block("tool_result", tool_use_id="t1", content="21"), block("text", text="so?")]),
-              tools=[A_TOOL, {"type": "web_search_20250305", "name": "web_search"}]),
-    anthropic(user("x"), assistant([USE]), user([block("tool_result", tool_use_id="t1", content=[
-        block("text", text="a"), block("search_result", source="u", title="t", content=[block("text", text="c")])])])),
+    chat(user("x"), cache_salt="s", extra_key="e", stream=True),
+    chat(user("long " * 3000 + UNICODE), *TURNS[2:]),
+    anthropic(user("Hi")),
+    anthropic(user([block("text", text="a"), block("text", text="b")]), system="sys"),
+    anthropic(
+        user("Hi"), system=[block("text", text="s1", cache_control={"type": "ephemeral"}), block("text", text="s2")]
+    ),
+    anthropic(
+        user("x"),
+        assistant([block("text", text="calling"), USE]),
+        user(
+            [
+                block("text", text="see"),
+                block("tool_result", tool_use_id="t1", content="21"),
+                block("text", text="so?"),
+            ]
+        ),
+        tools=[A_TOOL, {"type": "web_search_20250305", "name": "web_search"}],
+    ),
+    anthropic(
+        user("x"),
+        assistant([USE]),
+        user(
+            [
+                block(
+                    "tool_result",
+                    tool_use_id="t1",
+                    content=[
+                        block("text", text="a"),
+                        block("search_result", source="u", title="t", content=[block("text", text="c")]),
+                    ],
+                )
+            ]
+        ),
+    ),
     anthropic(user("x"), tools=[A_TOOL], tool_choice={"type": "tool", "name": "get_weather"}),
-    anthropic(user("x"), tools=[A_TOOL], tool_choice={"type": "none"}), anthropic(user("x"), assistant("Sure, ")),
-    anthropic(user("x"), output_config={"effort": "xhigh"}), anthropic(user("x"), {"role": "system", "content": "mid"}, user("y")),
-    respond("Hi"), respond("Hi", instructions="be brief"), respond([user("x"), assistant("y"), user([block("input_text", text="z")])]),
-    respond([user("x"), assistant("let me"), R_CALL, {"type": "function_call_output", "call_id": "c1", "output": "21"}, user("y")],
-            tools=[R_TOOL]),
-    respond([{"role": "developer", "content": "d"}, user("x"), {"type": "reasoning", "id": "r", "summary": [block("summary_text", text="t")]},
-             assistant([block("output_text", text="y", annotations=[])], id="m", status="completed", type="message"), user("z")]),
-    respond("x", reasoning={"effort": "none"}), respond("x", reasoning={"effort": "high"}), respond("x", tools=[R_TOOL], tool_choice="required"),
-    (COMPLETIONS, {"prompt": "The capital of France is"}), (COMPLETIONS, {"prompt": UNICODE}), (COMPLETIONS, {"prompt": SPECIAL}),
-    (COMPLETIONS, {"prompt": ["a b", UNICODE]}), (COMPLETIONS, {"prompt": [5, 6, 7]}), (COMPLETIONS, {"prompt": [[5], [6, 7]]}),
-]  # fmt: skip
+    anthropic(user("x"), tools=[A_TOOL], tool_choice={"type": "none"}),
+    anthropic(user("x"), assistant("Sure, ")),
+    anthropic(user("x"), output_config={"effort": "xhigh"}),
+    anthropic(user("x"), {"role": "system", "content": "mid"}, user("y")),
+    respond("Hi"),
+    respond("Hi", instructions="be brief"),
+    respond([user("x"), assistant("y"), user([block("input_text", text="z")])]),
+    respond(
+        [
+            user("x"),
+            assistant("let me"),
+            R_CALL,
+            {"type": "function_call_output", "call_id": "c1", "output": "21"},
+            user("y"),
+        ],
+        tools=[R_TOOL],
+    ),
+    respond(
+        [
+            {"role": "developer", "content": "d"},
+            user("x"),
+            {"type": "reasoning", "id": "r", "summary": [block("summary_text", text="t")]},
+            assistant([block("output_text", text="y", annotations=[])], id="m", status="completed", type="message"),
+            user("z"),
+        ]
+    ),
+    respond("x", reasoning={"effort": "none"}),
+    respond("x", reasoning={"effort": "high"}),
+    respond("x", tools=[R_TOOL], tool_choice="required"),
+    (COMPLETIONS, {"prompt": "The capital of France is"}),
+    (COMPLETIONS, {"prompt": UNICODE}),
+    (COMPLETIONS, {"prompt": SPECIAL}),
+    (COMPLETIONS, {"prompt": ["a b", UNICODE]}),
+    (COMPLETIONS, {"prompt": [5, 6, 7]}),
+    (COMPLETIONS, {"prompt": [[5], [6, 7]]}),
+]
 
 
 def _models(at: Path) -> Iterator[Path]:

@@ -1,8 +1,8 @@
-"""Does a worker make the same tokens, and name the same blocks? Canaries, and what is concluded from their answers. Pure.
+"""Does a worker make the same tokens, and name the same blocks? Canaries, and what follows from their answers. Pure.
 
-A worker's state is *unknown* until every canary was answered, *equal* while all answers are ours, and *differs* from the
-first that is not, with what and where. Only an equal worker gets prefix credit. One that could not be asked keeps the
-state it had until that is too old to be believed.
+A worker's state is *unknown* until every canary was answered, *equal* while all answers are ours, and *differs* from
+the first that is not, with what and where. Only an equal worker gets prefix credit. One that could not be asked keeps
+the state it had until that is too old to be believed.
 
     ask      POST /tokenize of each canary's body            -> Parity.heard, or Parity.unheard
     events   hashes of a request that the worker announced   -> Parity.announced
@@ -138,9 +138,9 @@ def difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
 
 
 _TEXT_REMEDY: Final = "give the router the very model folder that the worker serves (tokenizer.json differs)"
-_CHAT_REMEDY: Final = "compare the chat template: the folder's against the worker's --chat-template, its template options and its release"
+_CHAT_REMEDY: Final = "compare the chat template and its options: the folder's against the worker's command line"
 _EVENT_REMEDY: Final = (
-    "compare page size and event format in the worker's /server_info; a speculative worker has pairs"
+    "compare page size and event format in the worker's /server_info; a speculative one hashes pairs"
 )
 _ASK_REMEDY: Final = "see whether the worker serves POST /tokenize, and whether the router's API key for it is right"
 _NO_TOKENS: Final = "see the router's log for why this model's prompts cannot be made here"

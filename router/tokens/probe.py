@@ -1,7 +1,7 @@
 """Asks workers for tokens, and keeps each one's parity up to date.
 
-One short-lived HTTP/1.1 connection for each question: a worker is asked nine short ones every five minutes. Bounded: an
-answer above ANSWER_BYTES or later than DEADLINE_S is none. Never raises for what a worker does; that is a verdict.
+One short-lived HTTP/1.1 connection for each question: a worker is asked nine short ones every five minutes. Bounded:
+an answer above ANSWER_BYTES or later than DEADLINE_S is none. Never raises for what a worker does; that is a verdict.
 """
 
 import asyncio
