@@ -18,6 +18,9 @@ PURE = (
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
+    "kvd.router.tokens.outcome", "kvd.router.tokens.blocks", "kvd.router.tokens.chat", "kvd.router.tokens.toolschema",
+    "kvd.router.tokens.anthropic", "kvd.router.tokens.responses", "kvd.router.tokens.serving",
+    "kvd.router.tokens.cuts", "kvd.router.tokens.parity",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}

@@ -1,4 +1,4 @@
-"""Prefixes that were encoded before: of a conversation that goes on, only what is new is encoded. Pure; thread-safe.
+"""Prefixes that were encoded before: of a conversation that goes on, only what is new is encoded. Thread-safe.
 
 A *trunk* is the ids of one text up to its last cut, and the chains of its block hashes. Texts that go on grow the
 trunk at its end; one that leaves it earlier starts a trunk of its own from a copy. A trunk is found by the digest of

@@ -1,4 +1,4 @@
-"""Texts of the kinds that tokenizers disagree on, and random mixtures of them. Pure; the same on every start."""
+"""Texts of the kinds that tokenizers disagree on, and random mixtures of them; the same on every start."""
 
 import json
 from collections.abc import Iterator, Sequence
