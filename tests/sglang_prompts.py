@@ -1,7 +1,7 @@
 """Runs inside SGLang's environment: the prompts that its own request models, converters and template code make.
 
-Reads {"model": folder, "cases": [[path, body], ...]} from stdin and prints a JSON list: ids, or {"error": text}. The
-serving classes are SGLang's; what they ask of a running server is stood in for by a few attributes.
+Reads {"models": [folder, ...], "cases": [[path, body], ...]} from stdin and prints, for each model, a JSON list: ids, or
+{"error": text}. The serving classes are SGLang's; a few attributes stand in for what they ask of a running server.
 """
 
 import asyncio
@@ -16,14 +16,17 @@ def main() -> None:
     order = json.load(sys.stdin)
     for name in ("openai_harmony", "sglang.srt.entrypoints.harmony_utils"):  # not in a CPU environment
         sys.modules[name] = MagicMock(spec=ModuleType(name))
-    serve = Server(order["model"])
-    answers = []
-    for path, body in order["cases"]:
+    print(json.dumps([answers(Server(model), order["cases"]) for model in order["models"]]))
+
+
+def answers(serve: "Server", cases: Any) -> list[Any]:
+    found = []
+    for path, body in cases:
         try:
-            answers.append(serve.ids(path, body))
+            found.append(serve.ids(path, json.loads(json.dumps(body))))
         except Exception as error:
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-    print(json.dumps(answers))
+            found.append({"error": f"{type(error).__name__}: {error}"})
+    return found
 
 
 class Server:
@@ -39,7 +42,7 @@ class Server:
         config = AutoConfig.from_pretrained(model)
         manager = SimpleNamespace(
             tokenizer=self.tokenizer, processor=None, served_model_name="m", model_path=model,
-            config_value=lambda name: None, async_dynamic_batch_tokenizer=None,
+            config_value=lambda name: None, server_args=None, async_dynamic_batch_tokenizer=None,
             model_config=SimpleNamespace(
                 hf_config=config, is_multimodal=False, is_embedding_gemma=False, get_default_sampling_params=dict
             ),

@@ -31,7 +31,17 @@ def folder(made: tokenizers.Tokenizer) -> ModelFolder:
     return ModelFolder(made.to_str(), {"bos_token": "<|bos|>", "eos_token": "<|eos|>"})
 
 
+OVERLAPPING = ["<a>", "<a>b", "x<c", "<c>", "zz", "<ok>"]
+
+
+def overlapping() -> tokenizers.Tokenizer:
+    made = router_models.byte_level()
+    made.add_special_tokens([*OVERLAPPING, "<|bos|>", "<|eos|>"])
+    return made
+
+
 KINDS = {
+    "overlapping": overlapping,
     "bytes": lambda: router_models.with_special(router_models.byte_level()),
     "bytes with bos": lambda: router_models.with_special(
         router_models.byte_level(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), bos=True
@@ -57,7 +67,7 @@ def encoder(kind: str) -> Encoder:
 SPECIAL = [*router_models.SPECIAL, "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 PIECES = st.one_of(
     st.sampled_from(
-        [*SPECIAL, " ", "\n", "  ", "<|", "|>", "<|e", "a", " b", "12", "é", "你", "\u0301", "▁", "user\n"]
+        [*SPECIAL, *OVERLAPPING, " ", "\n", "  ", "<|", "|>", "a", " b", "12", "é", "你", "\u0301", "▁", "user\n"]
     ),
     st.text(max_size=6),
 )
@@ -66,7 +76,7 @@ TEXTS = st.lists(PIECES, max_size=25).map("".join)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), grow=st.lists(TEXTS, max_size=3))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_pieces_and_memory_give_the_ids_of_the_whole_text(kind: str, texts: list[str], grow: list[str]) -> None:
     made = encoder(kind)
     for text in [*texts, *("".join([texts[0], *grow[:n]]) for n in range(1, len(grow) + 1)), texts[0]]:
@@ -93,8 +103,8 @@ def test_only_tokenizers_that_allow_it_are_cut() -> None:
 
 def test_a_token_that_another_could_swallow_is_no_cut() -> None:
     made = router_models.byte_level()
-    made.add_special_tokens(["<a>", "<a>b", "x<c", "<c>", "zz", "<ok>"])
-    assert cut_tokens(made.to_str()) == [b"<ok>"]
+    made.add_special_tokens(OVERLAPPING)
+    assert cut_tokens(made.to_str()) == [b"<a>b", b"x<c", b"<ok>"], "<a>, <c> and zz may be part of something else"
 
 
 @given(TEXTS, TEXTS, st.integers(1, 40))

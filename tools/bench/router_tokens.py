@@ -24,7 +24,7 @@ from kvd.router.tokens.blocks import Scheme, hashes
 from kvd.router.tokens.encode import Encoder
 from kvd.router.tokens.requests import CHAT, Tokeniser
 from kvd.router.tokens.serving import Serving
-from kvd.router.tokens.tokenizer import Backend, Reference, fastest
+from kvd.router.tokens.tokenizer import Backend, fastest
 from tests import router_models
 from tools.bench._table import ROOT, Options, Samples, Table, finish, interleave, options, progress, spread, timed
 
