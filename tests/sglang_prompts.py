@@ -1,13 +1,15 @@
 """Runs inside SGLang's environment: the prompts that its own request models, converters and template code make.
 
-Reads {"models": [folder, ...], "cases": [[path, body], ...]} from stdin and prints, for each model, a JSON list: ids, or
-{"error": text}. The serving classes are SGLang's; a few attributes stand in for what they ask of a running server.
+Reads {"models": [folder, ...], "cases": [[path, body], ...]} from stdin and writes, for each model, a JSON list to the
+file that its argument names: ids, or {"error": text}. The serving classes are SGLang's; a few attributes stand in for
+what they ask of a running server.
 """
 
 import asyncio
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -15,8 +17,9 @@ from unittest.mock import MagicMock
 def main() -> None:
     order = json.load(sys.stdin)
     for name in ("openai_harmony", "sglang.srt.entrypoints.harmony_utils"):  # not in a CPU environment
-        sys.modules[name] = MagicMock(spec=ModuleType(name))
-    print(json.dumps([answers(Server(model), order["cases"]) for model in order["models"]]))
+        sys.modules[name] = MagicMock()
+    found = [answers(Server(model), order["cases"]) for model in order["models"]]
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 def answers(serve: "Server", cases: Any) -> list[Any]:

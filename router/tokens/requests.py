@@ -180,13 +180,9 @@ class Tokeniser:
         ]
 
     def _namespaces(self, body: Mapping[str, Any], count: int) -> list[Namespace]:
-        told = (
-            body.get("cache_salt"), body.get("extra_key"),
-            self.serving.adapter_of(body.get("model"), body.get("lora_path")),
-        )  # fmt: skip
-        columns: list[list[Any]] = []
-        for each in told:
-            columns.append(each if isinstance(each, list) else [each] * count)
+        adapter = self.serving.adapter_of(body.get("model"), body.get("lora_path"))
+        told: list[Any] = [body.get("cache_salt"), body.get("extra_key"), adapter]
+        columns: list[list[Any]] = [list(each) if isinstance(each, list) else [each] * count for each in told]
         if any(len(column) != count for column in columns):
             raise NoTokens(Why.INVALID, "as many salts, keys and adapters as prompts are needed")
         if any(each is not None and not isinstance(each, str) for column in columns for each in column):
