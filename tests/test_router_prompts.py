@@ -196,8 +196,6 @@ CASES: list[Case] = [
     (COMPLETIONS, {"prompt": UNICODE}),
     (COMPLETIONS, {"prompt": SPECIAL}),
     (COMPLETIONS, {"prompt": ["a b", UNICODE]}),
-    (COMPLETIONS, {"prompt": [5, 6, 7]}),
-    (COMPLETIONS, {"prompt": [[5], [6, 7]]}),
 ]
 
 
