@@ -171,8 +171,8 @@ class Tokeniser:
             given = body.get("text") if body.get("text") is not None else body.get("input_ids")
         else:
             given = body.get("prompt" if path == COMPLETIONS else "input")
-        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-        prompts = given if several else [given]
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        prompts: list[Any] = list(given or ()) if several else [given]
         namespaces = self._namespaces(body, len(prompts))
         return [
             _Text(prompt, namespace) if isinstance(prompt, str) else _Ids(_checked(prompt), namespace)
