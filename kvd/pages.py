@@ -13,6 +13,7 @@ group that becomes visible, and is evicted, as a whole.
 """
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -54,9 +55,14 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
 
 def seed(extra_key: str | None = None, cache_salt: str | None = None) -> bytes | None:
     """The chain's first parent for salted or adapter requests; None for plain ones."""
+    return digest_of(_SEED_TAG, extra_key, cache_salt)
+
+
+def digest_of(tag: bytes, extra_key: str | None, cache_salt: str | None) -> bytes | None:
+    """SGLang's digest of a namespace under a tag; what is absent differs from what is empty. None where both are."""
     if extra_key is None and cache_salt is None:
         return None
-    digest = hashlib.sha256(_SEED_TAG)
+    digest = hashlib.sha256(tag)
     for part in (extra_key, cache_salt):
         if part is None:
             digest.update(b"\x00")
@@ -68,13 +74,32 @@ def seed(extra_key: str | None = None, cache_salt: str | None = None) -> bytes |
 
 def chain(tokens: Sequence[int], page_tokens: int, parent: bytes | None = None) -> list[bytes]:
     """Page keys of every full page of `tokens`; a tail shorter than a page has no key."""
+    whole = tokens[: len(tokens) // page_tokens * page_tokens]
+    try:
+        return chain_packed(struct.pack(f"<{len(whole)}I", *whole), page_tokens, parent)
+    except struct.error:  # a token that needs more than 32 bits; one below zero fails again
+        return _chain_wide(whole, page_tokens, parent)
+
+
+def chain_packed(tokens: bytes | memoryview, page_tokens: int, parent: bytes | None = None) -> list[bytes]:
+    """The same of tokens that lie as little-endian uint32 already."""
     keys: list[bytes] = []
-    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
+    page_bytes = 4 * page_tokens
+    for start in range(0, len(tokens) - page_bytes + 1, page_bytes):
+        digest = hashlib.sha256(parent or b"")
+        digest.update(tokens[start : start + page_bytes])
+        parent = digest.digest()
+        keys.append(parent)
+    return keys
+
+
+def _chain_wide(tokens: Sequence[int], page_tokens: int, parent: bytes | None) -> list[bytes]:
+    """Pages with such a token are marked, and packed as uint64."""
+    keys: list[bytes] = []
+    for start in range(0, len(tokens), page_tokens):
         page = tokens[start : start + page_tokens]
-        if max(page) >= 1 << 32:
-            body = b"\xff" + b"".join(token.to_bytes(8, "little") for token in page)
-        else:
-            body = b"".join(token.to_bytes(4, "little") for token in page)
-        parent = hashlib.sha256((parent or b"") + body).digest()
+        wide = max(page) >= 1 << 32
+        body = struct.pack(f"<{page_tokens}{'Q' if wide else 'I'}", *page)
+        parent = hashlib.sha256((parent or b"") + (b"\xff" if wide else b"") + body).digest()
         keys.append(parent)
     return keys

@@ -20,6 +20,9 @@ PURE = (
     "kvd.storage.shared.compaction", "kvd.storage.shared.makingroom",
     "kvd.router.index", "kvd.router.runs", "kvd.router.marking", "kvd.router.holders",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
+    "kvd.router.tokens.outcome", "kvd.router.tokens.blocks", "kvd.router.tokens.chat", "kvd.router.tokens.toolschema",
+    "kvd.router.tokens.anthropic", "kvd.router.tokens.responses", "kvd.router.tokens.serving",
+    "kvd.router.tokens.cuts", "kvd.router.tokens.parity",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}

@@ -1,0 +1,38 @@
+"""A real SGLang worker's own endpoints: parity, the tokens it counts, and the hashes it would announce for them."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from kvd.router.tokens.probe import Probe
+from kvd.router.tokens.requests import CHAT, Tokeniser
+from kvd.router.tokens.serving import Serving
+from tests.sglang_node import needs_sglang, worker
+from tests.test_router_prompts import CASES
+from tools.demo.node import MODEL
+
+pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_a_real_worker_is_equal_and_counts_the_same_prompt_tokens() -> None:
+    with worker("tokens", None) as server:
+        told = json.loads(server.request("GET", "/server_info"))
+        tokeniser = Tokeniser.open(MODEL, Serving.of(told))
+        verdict = asyncio.run(Probe("127.0.0.1", server.port, tokeniser).once())
+        assert verdict.state == "equal", verdict
+        compared = 0
+        for path, body in CASES:
+            ids = tokeniser.tokenise(path, body)[0].ids
+            if path != CHAT or ids is None or len(ids) > 1000:
+                continue
+            answer: dict[str, Any] = json.loads(
+                server.request("POST", CHAT, {**body, "max_tokens": 1, "stream": False})
+            )
+            assert answer["usage"]["prompt_tokens"] == len(ids), body
+            given = {name: value for name, value in body.items() if name not in ("stream", "cache_salt", "extra_key")}
+            assert json.loads(server.request("POST", "/tokenize", given))["tokens"] == list(ids), body
+            compared += 1
+        assert compared > 30
+        tokeniser.close()
