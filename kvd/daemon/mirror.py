@@ -61,8 +61,7 @@ class Mirror:
         """The connection broke: something may have been missed, the publisher may have started again."""
         self.check()
         self._early.clear()
-        if self.next:
-            self.why = "the connection to the worker broke; what was missed is being asked for"
+        self.why = "the connection to the worker broke; what was missed is being asked for"
 
     def check(self) -> None:
         """After a silence, or a replay that did not end: ask whether there is anything new."""

@@ -53,7 +53,7 @@ class Stock:
         self._follower: Follower | None = None
 
     def follow(self, follower: Follower) -> None:
-        """Tell it of all pages in RAM, and of all that come and go from now on. Call it before lower tiers say anything."""
+        """Tell it of all pages in RAM, and from now on of all that come and go. Call it before tiers below tell."""
         self._follower = self.residency.follower = follower
         for group in self.residency:
             follower.came(RAM, group.namespace + group.key, group.parent_key)
