@@ -77,7 +77,7 @@ class View:
     def why(self, now: float) -> str:
         """Why this view is not exact; "" where it is."""
         if self._state is not _Snapshot.DONE:
-            return self._state.value
+            return str(self._state.value)
         if self._gap:
             return f"batches from {self.seq + 1} on are missing"
         if now - self._heard_at > SILENT_S:
@@ -110,8 +110,12 @@ class View:
         if head is None:
             raise PeerError("a batch without kvd's head", "is this endpoint a worker's own publisher?")
         self._heard_at = now
-        if head.epoch != self.epoch:
-            self._live_again(head.epoch)
+        if self.epoch is None:
+            self.epoch = head.epoch
+        elif head.epoch != self.epoch:
+            self.epoch = head.epoch
+            self._early.clear()
+            self._start_over()
         if seq > self.seq and len(self._early) < _MOST_EARLY:
             for event in batch.events:
                 if isinstance(event, Stored):
@@ -155,11 +159,6 @@ class View:
             return bool(self._early)
         return self._state is _Snapshot.COMING and bool(self._parts)
 
-    def _live_again(self, epoch: int) -> None:
-        self.epoch = epoch
-        self._early.clear()
-        self._start_over()
-
     def _start_over(self) -> None:
         self._state, self.seq, self._request = _Snapshot.NEEDED, -1, 0
         self._parts.clear()
@@ -189,11 +188,13 @@ class View:
             return
         identity = self._meet(part.source, part.why)
         number = self._number(identity, part.medium) if part.runs else None
-        for parent, hashes in part.runs if number is not None else ():
-            try:
+        if number is None:
+            return
+        try:
+            for parent, hashes in part.runs:
                 self._index.store(number, parent, wire.unpack_hashes(hashes))
-            except ValueError as error:
-                raise PeerError(f"a run of {len(hashes)} bytes") from error
+        except ValueError as error:
+            raise PeerError(f"a run of hashes: {error}") from error
 
     def _apply(self, batch: Batch) -> None:
         head = batch.events[0].kvd
