@@ -3,8 +3,8 @@
     python -m tests.scripted_publisher HTTP_PORT EVENTS_PORT REPLAY_PORT|0 RANKS BUFFER_STEPS map|array
 
 It imports nothing of kvd: what it sends is written down here once more. Orders: {"do": "store" | "remove" | "clear",
-..., "rank": 0, "lose": false}; "lose" takes a number and is remembered for replays, but is not published. {"do": "fill",
-"blocks": n, "chain": m}: n blocks in chains of m, for benchmarks.
+..., "rank": 0, "lose": false}; "lose" takes a number and is remembered for replays, but is not published.
+{"do": "fill", "blocks": n, "chain": m}: n blocks in chains of m, for benchmarks.
 """
 
 import json

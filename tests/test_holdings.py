@@ -22,7 +22,7 @@ class Listener:
         self.held: Held = {}
         self.sources: dict[str, tuple[wire.Source, str]] = {}
         self.woken = self.said = 0
-        self.holdings = Holdings(most_blocks, labels or Labels(), self.say, self.wake)
+        self.holdings = Holdings(most_blocks, labels if labels is not None else Labels(), self.say, self.wake)
 
     def wake(self) -> None:
         self.woken += 1

@@ -1,7 +1,7 @@
 """How soon does a router that comes late know all that a node holds?
 
-A real kvd follows a scripted worker that speaks SGLang's frames and holds 10^6 blocks; a router's view connects, asks for
-a snapshot, and fills an index. Seconds from its first socket to an exact view, in the same process as the view.
+A real kvd follows a scripted worker that speaks SGLang's frames and holds 10^6 blocks; a router's view connects, asks
+for a snapshot, and fills an index. Seconds from its first socket to an exact view, in the same process as the view.
 
     chains   10^6 blocks in chains of 256: prompts of 16,384 tokens in blocks of 64
     lone     the same number of blocks, none the child of another: the worst that a snapshot can look like
