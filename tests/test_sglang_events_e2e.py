@@ -1,4 +1,4 @@
-"""A real SGLang worker's events through kvd to a router: what it holds on device and host, and what kvd keeps of it."""
+"""A real SGLang worker's events through kvd to a router: what it holds itself, and what kvd keeps of it."""
 
 import json
 import tempfile
