@@ -20,6 +20,7 @@ import zmq
 
 END = (-1).to_bytes(8, "big", signed=True)
 BLOCK = 4
+PER_BATCH = 256  # blocks
 
 
 class Rank:
@@ -35,8 +36,8 @@ class Rank:
             self.replay = context.socket(zmq.ROUTER)
             self.replay.bind(f"tcp://127.0.0.1:{replay + number}")
 
-    def publish(self, event: Any, lose: bool) -> None:
-        payload = msgspec.msgpack.encode([time.time(), [event], self.number])
+    def publish(self, events: list[Any], lose: bool = False) -> None:
+        payload = msgspec.msgpack.encode([time.time(), events, self.number])
         if not lose:
             self.pub.send_multipart((b"kv-events", self.seq.to_bytes(8, "big"), payload))
         self.buffer.append((self.seq, payload))
@@ -54,9 +55,11 @@ class Rank:
 
 def fill(publisher: Rank, blocks: int, chain: int) -> None:
     """Hashes all over the 64 bits, as real ones are."""
-    for first in range(0, blocks, chain):
-        hashes = [(n * 0x9E3779B97F4A7C15) % (1 << 64) - (1 << 63) for n in range(first + 1, first + 1 + chain)]
-        publisher.publish(event_of({"do": "store", "hashes": hashes}, "map"), False)
+    for first in range(0, blocks, PER_BATCH):
+        numbers = range(first, min(blocks, first + PER_BATCH))
+        hashes = [(n * 0x9E3779B97F4A7C15) % (1 << 64) - (1 << 63) for n in numbers]
+        chains = (hashes[at : at + chain] for at in range(0, len(hashes), chain))
+        publisher.publish([event_of({"do": "store", "hashes": some}, "map") for some in chains])
 
 
 def event_of(order: dict[str, Any], shape: str) -> Any:
@@ -119,7 +122,7 @@ def main() -> None:
                 fill(publishers[0], order["blocks"], order["chain"])
                 print("done", flush=True)
                 continue
-            publishers[order.get("rank", 0)].publish(event_of(order, sys.argv[6]), order.get("lose", False))
+            publishers[order.get("rank", 0)].publish([event_of(order, sys.argv[6])], order.get("lose", False))
             print("done", flush=True)
     context.destroy(0)
 

@@ -19,7 +19,7 @@ BLOCK = 4  # the scripted worker's; all its tokens are 7
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="no Dynamo here: `make bench NAME=router_index` installs it"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="no ai-dynamo-runtime in .venvs/dynamo"),
 ]
 
 

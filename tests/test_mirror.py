@@ -195,6 +195,21 @@ def test_batches_that_never_become_due_are_bounded(mirror: Mirror, publisher: Mo
     assert len(mirror._early) <= 1024
 
 
+def test_a_replay_that_leaves_batches_out_is_asked_for_again(mirror: Mirror, publisher: ModelPublisher) -> None:
+    for n in range(6):
+        publisher.publish(stored([n]))
+    mirror.check()
+    assert mirror.ask is not None
+    sent = publisher.replay(mirror.ask)
+    for seq, batch in [*sent[:2], *sent[4:]]:
+        mirror.replayed(seq, batch)
+    mirror.replay_ended()
+    assert "lost" in mirror.why
+    heal(mirror, publisher)
+    assert mirror.exact
+    assert shown(mirror) == truth(publisher)
+
+
 def follow(held: dict[str, set[int]], changed: list[AnyEvent]) -> Mapping[str, set[int]]:
     for event in changed:
         if isinstance(event, Cleared):
@@ -229,7 +244,8 @@ def test_exact_means_true_under_loss_doubling_reorder_and_restarts(random: Rando
 
     for _ in range(random.randint(1, 40)):
         action = random.choices(
-            ["live", "lose", "late", "again", "restart", "break", "heal", "check"], [20, 4, 4, 4, 1, 1, 5, 1]
+            ["live", "lose", "late", "again", "restart", "break", "heal", "check", "part"],
+            [20, 4, 4, 4, 1, 1, 5, 1, 2],
         )
         match action[0]:
             case "live":
@@ -249,6 +265,11 @@ def test_exact_means_true_under_loss_doubling_reorder_and_restarts(random: Rando
                 follow(followed, heal(mirror, publisher))
             case "check":
                 mirror.check()
+            case "part" if mirror.ask is not None:  # a publisher drops what its reader's full queue does not take
+                for number, (seq, batch) in enumerate(publisher.replay(mirror.ask)):
+                    if not number or random.random() < 0.7:
+                        follow(followed, mirror.replayed(seq, batch))
+                follow(followed, mirror.replay_ended()) if random.random() < 0.7 else mirror.check()
         verify()
     mirror.check()
     follow(followed, heal(mirror, publisher))

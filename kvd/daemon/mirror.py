@@ -20,6 +20,7 @@ MOST_MEDIA = 8
 _REMEMBERED = 4096  # batches, by number and time
 _EARLY = 1024  # batches that may wait for those before them
 UNREADABLE = Batch(0.0, [])  # in place of a batch that could not be decoded: a hole in the history
+_LOST = "events from batch {} on were lost; they are being asked for"
 _RESTARTED = "the worker started again; its events are being asked for"
 
 Blocks = dict[int, int | None]  # hash -> its parent's
@@ -46,6 +47,7 @@ class Mirror:
         self._full = False  # a block found no room
         self._ask: int | None = 0  # where a replay should begin
         self._first: int | None = None  # what the running replay began with
+        self._skipped = False  # it left some out: a publisher drops what its reader does not take fast enough
         self._waited: set[int] = set()  # early batches from before it was asked for: it will reach them
 
     @property
@@ -66,7 +68,7 @@ class Mirror:
     def check(self) -> None:
         """After a silence, or a replay that did not end: ask whether there is anything new."""
         self._ask = max(0, self.next - 1)
-        self._first = None
+        self._first, self._skipped = None, False
         self._waited = set(self._early)
 
     def live(self, seq: int, batch: Batch) -> list[AnyEvent]:
@@ -84,7 +86,7 @@ class Mirror:
         changed += self._catch_up()
         if self._early and self._ask is None:
             self.check()
-            self.why = f"events from batch {self.next} on were lost; they are being asked for"
+            self.why = _LOST.format(self.next)
         return changed
 
     def replayed(self, seq: int, batch: Batch) -> list[AnyEvent]:
@@ -100,6 +102,7 @@ class Mirror:
             self._first = seq
         if seq == self.next:
             changed += self._apply(seq, batch)
+        self._skipped |= seq > self.next
         return changed
 
     def replay_ended(self) -> list[AnyEvent]:
@@ -114,6 +117,10 @@ class Mirror:
                 return changed
         if first is not None and first > self.next:
             return changed  # of another life, whose first batches are asked for now
+        if self._skipped:
+            self.check()
+            self.why = _LOST.format(self.next)
+            return changed
         self._ask = None
         if not self.next and not self._early:
             self._whole = True  # it has published nothing yet

@@ -20,7 +20,7 @@ from kvd.sglang_events import MAX_BATCH_BYTES, AnyEvent, Batch, decode, read_fra
 log = logging.getLogger("kvd.events")
 
 CHECK_AFTER_S = 10.0  # of silence: a batch that was lost may have been the last one
-_SILENT_S, _AGAIN_S = 5.0, 1.0  # how long a replay may pause, and what lies between two
+_BEGIN_S, _PAUSE_S, _AGAIN_S = 5.0, 1.0, 1.0  # until a replay begins, within it, and between two
 _QUEUE = 10_000  # batches ahead of us; what is dropped beyond is asked for again
 
 Say = Callable[[wire.Source, Sequence[AnyEvent], str], None]
@@ -40,6 +40,7 @@ class Publisher:
         self._context = context
         self._replay: Pump | None = None
         self._heard = self._heard_replay = False  # since the last tick
+        self._begun = False  # something of the replay has come
         self._heard_at = self._asked_at = -1e9
         subscriber = self._socket(zmq.SUB)
         subscriber.setsockopt(zmq.RCVHWM, _QUEUE)
@@ -62,9 +63,9 @@ class Publisher:
         if self._heard:
             self._heard, self._heard_at = False, now
         if self._heard_replay:
-            self._heard_replay, self._asked_at = False, now
+            self._heard_replay, self._begun, self._asked_at = False, True, now
         if self._replay is not None:
-            if now - self._asked_at > _SILENT_S:
+            if now - self._asked_at > (_PAUSE_S if self._begun else _BEGIN_S):
                 self._end_replay()
                 self.mirror.check()
             return
@@ -100,7 +101,7 @@ class Publisher:
         socket = self._socket(zmq.DEALER)
         socket.connect(self.at.replay)
         socket.send_multipart((b"", seq_frame(start)), zmq.NOBLOCK)
-        self._replay = Pump(socket, self._replayed)
+        self._replay, self._begun = Pump(socket, self._replayed), False
 
     def _replayed(self, frames: list[bytes]) -> None:
         self._heard_replay = True

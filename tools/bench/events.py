@@ -63,9 +63,8 @@ def _node(stack: ExitStack, name: str, chain: int) -> str:
     progress(f"a worker stores {BLOCKS:,} blocks: {name}")
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvd-"))
     endpoint = f"ipc://{folder}/events"
-    per_event = max(chain, 1)
-    worker = stack.enter_context(ScriptedWorker(steps=BLOCKS // per_event + 1))
-    worker.do("fill", blocks=BLOCKS, chain=per_event)
+    worker = stack.enter_context(ScriptedWorker(steps=BLOCKS))
+    worker.do("fill", blocks=BLOCKS, chain=chain)
     settings = {"events__endpoint": endpoint, "events__workers": f'["{worker.url}"]'}
     stack.enter_context(Daemon(Path(folder) / "run", **settings))
     with Router(endpoint, Masks()) as router:
