@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as NotJson
 
 from kvd.errors import SettingsError
 from kvd.places import run_dir
@@ -219,6 +220,10 @@ def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> Daemo
         _drop(values, name.removeprefix("KVD_").lower().split("__"))  # the environment wins over the file
     try:
         return DaemonSettings(**values)
+    except NotJson as error:  # of a variable that holds a list
+        raise SettingsError(
+            f"{error}", "lists are JSON: KVD_EVENTS__WORKERS='[\"http://127.0.0.1:30000\"]'"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"

@@ -216,6 +216,8 @@ class Mirror:
         if self._full:
             self.why = f"a medium has more than {self._most_blocks} blocks, or there are more than {MOST_MEDIA} media"
         elif not self._whole:
-            self.why = "what was stored before kvd listened, or in a gap, is not known until the worker clears its cache"
+            self.why = (
+                "what was stored before kvd listened, or in a gap, is not known until the worker clears its cache"
+            )
         elif self._ask is None:
             self.why = ""
