@@ -34,10 +34,11 @@ def test_what_workers_hold_reaches_a_router_rank_by_rank(shape: str) -> None:
     with ScriptedWorker(ranks=2, shape=shape) as worker:
         worker.do("store", 1, 2, 3)
         worker.do("store", 9, rank=1, medium="CPU_PINNED")
-        with node(worker) as (_, endpoint), Router(endpoint) as router:
+        with node(worker) as (kvd, endpoint), Router(endpoint) as router:
             router.until(lambda: not router.why and router.held(worker.url) == {1: None, 2: 1, 3: 2})
             router.until(lambda: router.held(worker.url, 1, "CPU_PINNED") == {9: None})
             router.until(lambda: not router.source_why(worker.url) and not router.source_why(worker.url, 1))
+            router.until(lambda: kvd.status().counters.get("event_publishers_exact") == 2)
             worker.do("remove", 3, 2)
             worker.do("store", 5, parent=1)
             router.until(lambda: router.held(worker.url) == {1: None, 5: 1})

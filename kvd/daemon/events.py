@@ -47,6 +47,7 @@ class Events:
         self._readers = Readers(self._bound(zmq.ROUTER, settings.replay, mode), self._answer)
         self.holdings = Holdings(settings.most_blocks, stock.labels, self._say, self._wake)
         self.workers = Workers(self._context, settings.workers, settings.most_blocks, self._say)
+        self._counters = stock.counters
         stock.follow(self.holdings)
         log.info("prefix events at %s, snapshots at %s", settings.endpoint, settings.replay)
 
@@ -57,6 +58,15 @@ class Events:
         if now - self._beat_at >= HEARTBEAT_S:
             self._beat_at = now
             self._say(wire.Source(), (), "")
+            self._count()
+
+    def _count(self) -> None:
+        """What `kvdctl status` shows."""
+        publishers = self.workers.publishers
+        self._counters["event_batches"] = self._stream.seq + 1
+        self._counters["event_publishers"] = len(publishers)
+        self._counters["event_publishers_exact"] = sum(publisher.mirror.exact for publisher in publishers)
+        self._counters["event_batches_lost"] = sum(publisher.mirror.lost for publisher in publishers)
 
     def close(self) -> None:
         if self._due is not None:
