@@ -59,6 +59,14 @@ def only(held: Held, medium: str) -> Held:
     return {name: {medium: media[medium]} for name, media in held.items() if media.get(medium)}
 
 
+def below(listener: Listener) -> set[tuple[str, int]]:
+    return {(name, value) for name, media in listener.held.items() for value in media.get(wire.SHARED, {})}
+
+
+def blocks_of(world: TwoTiers) -> set[tuple[str, int]]:
+    return {(name[:16].hex(), block_hash(name[16:])) for name in world.tier.pages}
+
+
 def test_a_router_hears_what_lies_in_ram_and_below_whatever_comes_and_goes() -> None:
     world, random = TwoTiers(), Random(7)
     listener = Listener(labels=world.node.labels)
@@ -79,13 +87,17 @@ def test_a_router_hears_what_lies_in_ram_and_below_whatever_comes_and_goes() -> 
         listener.drain()
         assert only(listener.held, wire.RAM) == ram(world)
     assert world.node.counters["ram_evicted"] > 0
-    below = {name.hex()[:32]: set() for name in world.tier.pages}
-    assert below, "the tier below has taken pages"
-    world.node.stock.below_changed(2, list(world.tier.pages), [])
+    world.settle()
     listener.drain()
-    for name in world.tier.pages:
-        below[name.hex()[:32]].add(block_hash(name[16:]))
-    assert {name: set(media[wire.SHARED]) for name, media in only(listener.held, wire.SHARED).items()} == below
+    assert world.tier.pages
+    assert below(listener) == blocks_of(world)
+    gone = list(world.tier.pages)[::2]
+    world.node.stock.below_changed(2, [], gone)
+    listener.drain()
+    assert below(listener) == blocks_of(world) - {(name[:16].hex(), block_hash(name[16:])) for name in gone}
+    world.node.stock.below_changed(2, gone, [])
+    listener.drain()
+    assert below(listener) == blocks_of(world)
     world.node.stock.below_forgotten(2)
     listener.drain()
     assert only(listener.held, wire.SHARED) == {}

@@ -143,6 +143,12 @@ class Stock:
         place = self.index.place(namespace, key)
         return place ^ LOWER if place is not None and place & LOWER else 0
 
+    def written_below(self, tier: int, group: Group) -> None:
+        """A lower tier (its bit) has taken a resident page."""
+        group.below |= tier
+        if self._follower is not None:
+            self._follower.came(MEDIA[tier], group.namespace + group.key, group.parent_key)
+
     def below_changed(self, tier: int, came: list[Name], left: list[Name]) -> None:
         """Names that a lower tier (its bit) holds now, or holds no more."""
         self.counters["index_full"] += self.index.publish_lower(self._not_in_ram(tier, came), tier)
