@@ -91,6 +91,7 @@ def test_pages_in_ram_reach_a_router_and_heal_after_kill_9_of_kvd() -> None:
         router.until(lambda: set(router.held(medium=wire.RAM)) == set(blocks))
 
 
+@pytest.mark.slow
 def test_what_leaves_ram_is_told_and_what_lies_below_it_too(tmp_path: Path) -> None:
     keys = span(200)  # of 16 KiB: more than fits
     settings: dict[str, object] = {"nvme__path": tmp_path / "nvme", "nvme__size_bytes": 64 << 20}
@@ -159,12 +160,12 @@ def test_a_stranger_reads_the_stream_as_sglangs_own() -> None:
     assert found == [BlockStored([1, 2], None, [7] * 8, 4, None, "GPU"), BlockRemoved([2], "GPU")]
 
 
-@pytest.mark.parametrize("noise", [[b""], [b"x", b"y"], [b"", b"x" * 100], [b"", b"", b"", b""], [b"", b"\xff" * 8]])
-def test_noise_at_the_request_socket_harms_nobody(noise: list[bytes]) -> None:
+def test_noise_at_the_request_socket_harms_nobody() -> None:
+    noises = [[b""], [b"x", b"y"], [b"", b"x" * 100], [b"", b"", b"", b""], [b"", b"\xff" * 8], [b"", b"\x80"]]
     with node() as (_, endpoint), Router(endpoint) as router:
         with zmq.Context() as context, context.socket(zmq.DEALER) as client:
             client.linger = 1000
             client.connect(f"{endpoint}.replay")
-            for _ in range(20):
+            for noise in 20 * noises:
                 client.send_multipart(noise)
         router.until(lambda: not router.why)

@@ -18,7 +18,7 @@ from kvd.sglang_events import GPU, Batch, Cleared, Removed, decode, read_frames
 from tests.index_model import SetIndex
 from tests.publisher_model import ModelPublisher, any_events, removed, stored
 
-SEQUENCES = int(os.environ.get("KVD_EVENT_SEQUENCES", "300"))
+SEQUENCES = int(os.environ.get("KVD_EVENT_SEQUENCES", "300"))  # per test
 MANY = 1000
 Truth = dict[Place, dict[int, int | None]]
 
@@ -267,7 +267,7 @@ def test_sources_without_end_are_bounded(seen: Seen) -> None:
 
 
 @settings(max_examples=SEQUENCES, deadline=None)
-@given(st.randoms(use_true_random=False))
+@given(st.randoms(use_true_random=True))
 def test_exact_means_true_for_any_fate_of_messages(random: Random) -> None:
     workers = [ModelWorker("http://a"), ModelWorker("http://b")]
     epoch = 1
