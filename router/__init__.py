@@ -1,1 +1,1 @@
-"""The router's room. Nothing lives here yet; ARCHITECTURE.md says what will."""
+"""The router: where a request is answered soonest. ARCHITECTURE.md names its modules."""
