@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from kvd import wire
 from kvd.errors import PeerError
-from kvd.router.holders import Holders, Place
+from kvd.router.numbering import Numbering, Place
 from kvd.sglang_events import GPU, NO_TOKENS, Batch, Cleared, Removed, Stored
 
 SILENT_S = 5.0  # the node says something every second
@@ -28,7 +28,7 @@ Identity = tuple[str, int, str]
 
 
 class Index(Protocol):
-    """What the router looks prefixes up in. A holder is a number of kvd.router.holders."""
+    """What the router looks prefixes up in. A holder is a number of kvd.router.numbering."""
 
     def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> object: ...
     def remove(self, holder: int, hashes: Sequence[int]) -> object: ...
@@ -58,7 +58,7 @@ class _Snapshot(Enum):
 class View:
     """`seq`: the last batch that was applied, of the life `epoch`. Times are seconds of one clock."""
 
-    def __init__(self, index: Index, holders: Holders) -> None:
+    def __init__(self, index: Index, holders: Numbering) -> None:
         self.node = ""
         self.epoch: int | None = None
         self.seq = -1

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from kvd.router.follow import Follow
-from kvd.router.holders import Holders
+from kvd.router.numbering import Numbering
 from kvd.router.view import View
 from tests.index_model import SetIndex
 
@@ -84,7 +84,7 @@ class Router:
     """A view of one node, by default with the simplest index. It hears only while `until` runs."""
 
     def __init__(self, endpoint: str, index: Any = None) -> None:
-        self.index, self.holders = index if index is not None else SetIndex(), Holders()
+        self.index, self.holders = index if index is not None else SetIndex(), Numbering()
         self.view = View(self.index, self.holders)
         self._loop = asyncio.new_event_loop()
         self._context = zmq.Context()

@@ -12,7 +12,7 @@ from kvd import wire
 from kvd.daemon.mirror import Mirror
 from kvd.daemon.stream import Stream, snapshot
 from kvd.errors import PeerError
-from kvd.router.holders import Holders, Place
+from kvd.router.numbering import Numbering, Place
 from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, View
 from kvd.sglang_events import GPU, Batch, Cleared, Removed, decode, read_frames
 from tests.index_model import SetIndex
@@ -79,7 +79,7 @@ class Seen:
     """A view and what it filled."""
 
     def __init__(self) -> None:
-        self.index, self.holders, self.now = SetIndex(), Holders(), 100.0
+        self.index, self.holders, self.now = SetIndex(), Numbering(), 100.0
         self.view = View(self.index, self.holders)
 
     @property

@@ -19,7 +19,7 @@ class Place(NamedTuple):
     medium: str
 
 
-class Holders:
+class Numbering:
     """Numbers and places, both ways."""
 
     def __init__(self) -> None:
