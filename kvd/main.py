@@ -44,7 +44,10 @@ async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
         shell = Shell(settings, room)
         try:
             async with asyncio.TaskGroup() as group:
-                jobs = [group.create_task(job(), name=job.__name__) for job in (shell.tick, shell.prefault)]
+                jobs = [
+                    group.create_task(job(), name=job.__name__)
+                    for job in (shell.tick, shell.prefault, shell.follow_workers)
+                ]
                 log.info("kvd %s ready in %s, arena %s", __version__, settings.run_dir, room.memory.name)
                 systemd.notify(f"READY=1\nSTATUS={len(room.node.residency)} pages warm")
                 await stop

@@ -6,6 +6,7 @@ of SGLang's --hicache-storage-backend-extra-config, see kvd.sidecar.config.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as NotJson
 
 from kvd.errors import SettingsError
 from kvd.places import run_dir
@@ -20,6 +22,7 @@ from kvd.places import run_dir
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 MIB = 1 << 20
+_ENDPOINT = re.compile(r"tcp://[^\s/]+:[1-9]\d{0,4}|ipc:///\S+")
 
 
 class ArenaSettings(BaseModel):
@@ -89,6 +92,56 @@ class SharedSettings(BaseModel):
     write_delay_s: float = Field(10.0, ge=0, le=600, description="how long a new page waits to be written with others")
 
 
+class EventSettings(BaseModel):
+    """The node's stream of prefix events, for routers; off unless it has an endpoint."""
+
+    model_config = _STRICT
+
+    endpoint: str | None = Field(
+        None, description="where routers subscribe: tcp://ADDRESS:PORT or ipc:///PATH; unset: no stream"
+    )
+    replay_endpoint: str | None = Field(
+        None, description="where they ask for snapshots; unset: the next port, or the path with .replay"
+    )
+    plain: bool = Field(False, description="needed where other machines reach it: anybody there can read the hashes")
+    node: str = Field("", description="this node's name there, unlike any other's; empty: the host name")
+    workers: tuple[str, ...] = Field(
+        (), description="URLs of this node's SGLang workers, which say in /server_info where they publish"
+    )
+    replay_batches: int = Field(10_000, ge=1, description="how much a router may miss before it needs a snapshot")
+    most_blocks: int = Field(
+        4_000_000, ge=1, description="of one medium of a rank, and of all kvd's tiers; each takes about 150 bytes"
+    )
+
+    @property
+    def replay(self) -> str:
+        """Where replays and snapshots are asked for."""
+        endpoint = self.endpoint or ""
+        if self.replay_endpoint is not None or not endpoint.startswith("tcp://"):
+            return self.replay_endpoint or f"{endpoint}.replay"
+        host, _, port = endpoint.rpartition(":")
+        return f"{host}:{int(port) + 1}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EventSettings":
+        for endpoint in filter(None, (self.endpoint, self.replay_endpoint)):
+            if not _ENDPOINT.fullmatch(endpoint):
+                raise ValueError(f"{endpoint} is neither tcp://ADDRESS:PORT nor ipc:///PATH")
+            if (
+                not endpoint.startswith(("ipc://", "tcp://127.", "tcp://localhost:", "tcp://[::1]:"))
+                and not self.plain
+            ):
+                raise ValueError(
+                    f"{endpoint} is open to other machines, unencrypted: set events.plain if that is meant"
+                )
+        for url in self.workers:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"workers: {url} is not a URL such as http://127.0.0.1:30000")
+        if self.endpoint is None and (self.workers or self.replay_endpoint):
+            raise ValueError("workers and replay_endpoint are of no use without endpoint")
+        return self
+
+
 class TenantSettings(BaseModel):
     """What workers that give this `tenant` are entitled to in the tiers of a node."""
 
@@ -132,6 +185,7 @@ class DaemonSettings(BaseSettings):
     arena: ArenaSettings = ArenaSettings()
     nvme: NvmeSettings = NvmeSettings()
     shared: SharedSettings = SharedSettings()
+    events: EventSettings = EventSettings()
     tenants: dict[str, TenantSettings] = Field({}, description="shares of tenants; who is not named has no limit")
     pins_file: Path | None = Field(None, description="where pins are kept; unset: run_dir, which a reboot may empty")
     socket_mode: int = Field(0o660, description="permission of the sockets: who may use the cache")
@@ -176,6 +230,10 @@ def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> Daemo
         _drop(values, name.removeprefix("KVD_").lower().split("__"))  # the environment wins over the file
     try:
         return DaemonSettings(**values)
+    except NotJson as error:  # of a variable that holds a list
+        raise SettingsError(
+            f"{error}", "lists are JSON: KVD_EVENTS__WORKERS='[\"http://127.0.0.1:30000\"]'"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
@@ -197,6 +255,8 @@ def example() -> str:
             default = "/run/kvd" if name == "run_dir" else field.default
             if default is None:
                 shown = '""' if field.annotation in (Path | None, str | None) else "..."
+            elif default == ():
+                shown = "[]"
             elif isinstance(default, str):
                 shown = f'"{default}"'
             else:
@@ -204,7 +264,12 @@ def example() -> str:
             lines.extend([f"# {field.description}", f"# {name} = {shown}", ""])
 
     add(DaemonSettings)
-    for name, tier in (("arena", ArenaSettings), ("nvme", NvmeSettings), ("shared", SharedSettings)):
+    for name, tier in (
+        ("arena", ArenaSettings),
+        ("nvme", NvmeSettings),
+        ("shared", SharedSettings),
+        ("events", EventSettings),
+    ):
         lines.extend([f"[{name}]", ""])
         add(tier)
     lines.extend(["# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""])

@@ -45,6 +45,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
             "[shared]\nquota_bytes = 2097152\n[tenants.a]\nshared_reserve_bytes = 2097153",
             "shared.quota_bytes is 2097152",
         ),
+        ("[events]\nendpoint = '127.0.0.1:5557'", "neither tcp"),
+        ("[events]\nendpoint = 'tcp://0.0.0.0:5557'", "events.plain"),
+        ("[events]\nworkers = ['http://a:1']", "without endpoint"),
+        ("[events]\nendpoint = 'ipc:///a'\nworkers = ['a:1']", "is not a URL"),
         ("log_level = 'loud'", "log_level"),
         ("max_sessions = 0", "max_sessions"),
         ("= 5", "not TOML"),
@@ -57,6 +61,28 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, names: st
         load_daemon_settings(file, {})
     assert names in str(caught.value)
     assert caught.value.hint
+
+
+def test_a_list_in_a_variable_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVD_EVENTS__ENDPOINT", "ipc:///a")
+    for value, right in (('["http://a:1"]', True), ("http://a:1", False)):
+        monkeypatch.setenv("KVD_EVENTS__WORKERS", value)
+        environ = {"KVD_EVENTS__ENDPOINT": "ipc:///a", "KVD_EVENTS__WORKERS": value}
+        if right:
+            assert load_daemon_settings(None, environ).events.workers == ("http://a:1",)
+            continue
+        with pytest.raises(SettingsError) as caught:
+            load_daemon_settings(None, environ)
+        assert "JSON" in caught.value.hint
+
+
+def test_snapshots_are_asked_for_beside_the_events() -> None:
+    for endpoint, replay in (
+        ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558"),
+        ("tcp://[::1]:5557", "tcp://[::1]:5558"),
+        ("ipc:///run/kvd/kvd.events", "ipc:///run/kvd/kvd.events.replay"),
+    ):
+        assert load_daemon_settings(None, {}).events.model_copy(update={"endpoint": endpoint}).replay == replay
 
 
 def test_an_unknown_variable_is_refused() -> None:

@@ -1,11 +1,8 @@
 """kvd.data: the hot requests, over a ZeroMQ ROUTER read straight from the event loop.
 
-Not zmq.asyncio: reading the socket's own descriptor costs half as much per message. That descriptor is
-edge-triggered, so `_drain` reads until the socket is empty, and looks again after every send.
 What an unknown peer sends is ignored; what a known one sends wrongly costs it its session.
 """
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
@@ -16,10 +13,10 @@ import zmq
 
 from kvd import wire
 from kvd.errors import PeerError
+from kvd.pump import Pump
 
 log = logging.getLogger("kvd.data")
 
-_AT_ONCE = 64  # messages before the loop gets a turn
 _QUEUE = 16  # a worker has a handful of requests out; what it queues beyond that is its own problem
 
 Respond = Callable[[wire.ToWorker], None]
@@ -50,21 +47,7 @@ class DataSocket:
         path.unlink(missing_ok=True)
         self._socket.bind(f"ipc://{path}")
         path.chmod(mode)
-        self._loop = asyncio.get_running_loop()
-        self._fd = int(self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._drain)
-        self._loop.call_soon(self._drain)
-
-    def _drain(self) -> None:
-        if self._socket.closed:
-            return
-        for _ in range(_AT_ONCE):
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._handle(parts)
-        self._loop.call_soon(self._drain)
+        self._pump = Pump(self._socket, self._handle)
 
     def _handle(self, parts: list[bytes]) -> None:
         ticket = parts[0][: wire.TICKET_BYTES]
@@ -86,12 +69,11 @@ class DataSocket:
     def _send_late(self, identity: bytes, reply: wire.ToWorker) -> None:
         if not self._socket.closed:
             self._send(identity, reply)
-            self._drain()  # sending may have used up the edge that announced a message
+            self._pump.drain()  # sending may have used up the edge that announced a message
 
     def close(self) -> None:
         """Idempotent."""
         if not self._socket.closed:
-            self._loop.remove_reader(self._fd)
-            self._socket.close()
+            self._pump.close()
             self._context.term()
             self._path.unlink(missing_ok=True)

@@ -9,9 +9,19 @@ Always true: an ancestor that a group counts in its `depth` stays resident as lo
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvd.daemon.departures import Departures
 from kvd.daemon.group import NO_PARENT, Group, children, hang, unhang
+from kvd.wire.stream import RAM
+
+
+class Follower(Protocol):
+    """Whoever must know of every page that a tier gets or loses. Names are namespace + key. Called within requests."""
+
+    def came(self, medium: str, name: bytes, parent: bytes = ...) -> None: ...
+    def left(self, medium: str, name: bytes) -> None: ...
+    def forgotten(self, medium: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -19,6 +29,7 @@ class Residency:
     """All resident groups."""
 
     departures: Departures
+    follower: Follower | None = None
     _groups: dict[bytes, Group] = field(default_factory=dict)  # namespace + key
     _ids: list[Group | None] = field(default_factory=lambda: [None])  # id 0 is never used
     _free_ids: list[int] = field(default_factory=list)
@@ -64,12 +75,17 @@ class Residency:
             hang(group, parent)
             self.departures.withdraw(parent)
         self.departures.enter(group, kind, now)
+        if self.follower is not None:
+            self.follower.came(RAM, name, parent_key)
         return group
 
     def remove(self, group: Group, now: float) -> None:
         """Forget a leaf. Its parent may become one."""
         assert group.is_leaf, "eviction is leaf first"
-        del self._groups[group.namespace + group.key]
+        name = group.namespace + group.key
+        del self._groups[name]
+        if self.follower is not None:
+            self.follower.left(RAM, name)
         self._ids[group.id] = None
         self._free_ids.append(group.id)
         self.departures.leave(group)

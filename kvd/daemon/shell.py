@@ -14,6 +14,7 @@ from collections.abc import Callable
 from kvd import __version__, wire
 from kvd.daemon import operators, scratch, status, systemd
 from kvd.daemon.data import DataSocket
+from kvd.daemon.events import Events
 from kvd.daemon.lower import open_lower
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
@@ -56,6 +57,9 @@ class Shell:
         self._by_ticket: dict[bytes, Member] = {}
         self._lower = open_lower(settings, room)
         self._removals = Removals(self._node, self._lower)
+        self._events: Events | None = None
+        if settings.events.endpoint is not None:
+            self._events = Events(settings.events, room.epoch, room.node.stock, settings.socket_mode)
 
     # -- kvd.sock ------------------------------------------------------------------------------------------
 
@@ -197,10 +201,17 @@ class Shell:
             self._node.tick(time.monotonic())
             for below in self._lower:
                 below.tick(time.monotonic())
+            if self._events is not None:
+                self._events.tick(time.monotonic())
             gc.collect(1)
             if interval_s is not None:
                 systemd.notify("WATCHDOG=1")
             await asyncio.sleep(min(TICK_S, interval_s or TICK_S))
+
+    async def follow_workers(self) -> None:
+        """Find the workers whose prefix events are to be passed on."""
+        if self._events is not None:
+            await self._events.workers.follow()
 
     async def prefault(self) -> None:
         """Fault all memory in, so that no page's first write pays for it."""
@@ -237,6 +248,8 @@ class Shell:
         self.closing = True
         for below in self._lower:
             below.close()
+        if self._events is not None:
+            self._events.close()
         self._members.close()
         self._data.close()
         (self._settings.run_dir / SOCKET).unlink(missing_ok=True)

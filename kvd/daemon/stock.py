@@ -11,7 +11,7 @@ from kvd.daemon.departures import Departures
 from kvd.daemon.group import NO_PARENT, Group
 from kvd.daemon.labels import Labels
 from kvd.daemon.leases import Leases
-from kvd.daemon.residency import Residency
+from kvd.daemon.residency import Follower, Residency
 from kvd.daemon.sessions import Sessions
 from kvd.daemon.space import EVICT_AT_ONCE, Space
 from kvd.index import LOWER, IndexWriter
@@ -20,7 +20,9 @@ from kvd.storage.arena import Arena
 from kvd.storage.quota import Quotas
 from kvd.storage.tier import Name, Page
 from kvd.storage.worth import Worth, trait
+from kvd.wire.stream import NVME, RAM, SHARED
 
+MEDIA = {1: NVME, 2: SHARED}  # what routers call the tiers below, by their bits
 _TYPICAL_PAGE_BYTES = 1 << 20  # for the size of what is remembered of pages
 _ONE_USE_S = 1.0
 _USES_AT_ONCE, _MOST_USES = 512, 1 << 14  # 2 ms, and what may wait
@@ -48,6 +50,13 @@ class Stock:
         self.on_admit: Callable[[Group, float], None] = lambda group, now: None
         self._uses: deque[tuple[int, int, float]] = deque(maxlen=_MOST_USES)
         self.on_use: Callable[[Group, int, float], None] = lambda group, kind, now: None
+        self._follower: Follower | None = None
+
+    def follow(self, follower: Follower) -> None:
+        """Tell it of all pages in RAM, and from now on of all that come and go. Call it before tiers below tell."""
+        self._follower = self.residency.follower = follower
+        for group in self.residency:
+            follower.came(RAM, group.namespace + group.key, group.parent_key)
 
     def admit(
         self, namespace: bytes, key: bytes, parent: bytes, slots: tuple[int, ...], length: int, now: float,
@@ -134,11 +143,26 @@ class Stock:
         place = self.index.place(namespace, key)
         return place ^ LOWER if place is not None and place & LOWER else 0
 
+    def written_below(self, tier: int, group: Group) -> None:
+        """A lower tier (its bit) has taken a resident page."""
+        group.below |= tier
+        if self._follower is not None:
+            self._follower.came(MEDIA[tier], group.namespace + group.key, group.parent_key)
+
     def below_changed(self, tier: int, came: list[Name], left: list[Name]) -> None:
         """Names that a lower tier (its bit) holds now, or holds no more."""
         self.counters["index_full"] += self.index.publish_lower(self._not_in_ram(tier, came), tier)
         for name in left:
             self._left(tier, name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
+        if self._follower is not None:
+            self._tell(self._follower, MEDIA[tier], came, left)
+
+    def _tell(self, follower: Follower, medium: str, came: list[Name], left: list[Name]) -> None:
+        for name in came:
+            group = self.residency.get(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
+            follower.came(medium, name, group.parent_key if group is not None else NO_PARENT)
+        for name in left:
+            follower.left(medium, name)
 
     def _not_in_ram(self, tier: int, came: list[Name]) -> list[Name]:
         """Those of the names; the other pages are told that the tier has them."""
@@ -169,5 +193,7 @@ class Stock:
     def below_forgotten(self, tier: int) -> None:
         """What a lower tier holds is unknown until it says so again."""
         self.index.withdraw_lower(tier)
+        if self._follower is not None:
+            self._follower.forgotten(MEDIA[tier])
         for group in self.residency:
             group.below &= ~tier

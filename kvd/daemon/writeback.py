@@ -48,6 +48,7 @@ class WriteBack:
         self._leases = stock.leases
         self._labels = stock.labels
         self._counters = stock.counters
+        self._written = stock.written_below
         self._queue: deque[tuple[float, int]] = deque()  # when it came, its place
         self._writing = 0  # pages of the batch that is under way
         self._began: float | None = None  # when the batch was sent whose time has not been looked at
@@ -101,7 +102,7 @@ class WriteBack:
             self._leases.release(lease.id, _NOBODY)
             for group, stored in zip(batch, flags, strict=True):
                 if stored:
-                    group.below |= self._tier
+                    self._written(self._tier, group)
             self._counters["pages_written_back"] += sum(flags)
             self._counters["writes_back_refused"] += len(flags) - sum(flags)
 

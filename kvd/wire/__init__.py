@@ -1,11 +1,12 @@
 """Every message between kvd and its peers. Messages say where bytes are, never the bytes.
 
-Two sockets, one union each way:
+Sockets, and one union each way:
 
 * `kvd.sock`, a unix stream: registration (with descriptors), liveness, reports, operators.
   A frame is a 4-byte little-endian length and that many bytes of msgpack.
 * `kvd.data`, ZeroMQ DEALER -> ROUTER: the hot requests. A DEALER's routing id is the 16-byte ticket of its
   session followed by a channel number, so a message needs no credentials of its own.
+* the stream of prefix events and its snapshots, ZeroMQ PUB and ROUTER: see `stream`.
 
 Page keys travel joined (32 bytes each), and places as packed rows: decoding 128 of either is one call.
 New fields come last and have a default; a field is never retyped; unknown fields are ignored.
@@ -21,6 +22,7 @@ from kvd.wire.attach import *
 from kvd.wire.base import *
 from kvd.wire.data import *
 from kvd.wire.operate import *
+from kvd.wire.stream import *
 from kvd.wire.watch import *
 
 ToDaemon = (
@@ -35,6 +37,8 @@ FromDaemon = (
 )  # fmt: skip
 FromWorker = Lookup | LeasePages | ReleaseLease | ReservePages | CommitPages
 ToWorker = Found | Leased | Reserved | Committed | Refusal
+ToStream = GetSnapshot
+FromStream = SnapshotPart
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -57,6 +61,8 @@ decode_to_daemon: Callable[[bytes | bytearray | memoryview], ToDaemon] = _decode
 decode_from_daemon: Callable[[bytes | bytearray | memoryview], FromDaemon] = _decoder(FromDaemon)
 decode_from_worker: Callable[[bytes | bytearray | memoryview], FromWorker] = _decoder(FromWorker)
 decode_to_worker: Callable[[bytes | bytearray | memoryview], ToWorker] = _decoder(ToWorker)
+decode_to_stream: Callable[[bytes | bytearray | memoryview], ToStream] = _decoder(ToStream)
+decode_from_stream: Callable[[bytes | bytearray | memoryview], FromStream] = _decoder(FromStream)
 
 
 def frame(message: Message) -> bytes:

@@ -1,0 +1,180 @@
+"""What kvd's own tiers hold, as blocks, and their comings and goings as events. Pure.
+
+The stock tells it within requests, so `came` and `left` only note the name; `drain` does the rest, a part at a time.
+A page is known here by the first 8 bytes of its key, which is SGLang's event hash of it (kvd.wire.stream). Each
+namespace is a source of its own: the same hash in two namespaces means other bytes.
+
+Always true after a full `drain`: these are the pages that a lookup would be answered from. Bounded: what does not fit
+is not known here, and its namespace says so.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from kvd import wire
+from kvd.daemon.group import NO_PARENT
+from kvd.daemon.labels import Labels
+from kvd.daemon.mirror import Blocks
+from kvd.pages import NAMESPACE_BYTES
+from kvd.sglang_events import NO_TOKENS, AnyEvent, Cleared, Removed, Stored
+
+MOST_NAMESPACES = 1024
+_MOST_NOTED = 1 << 18  # changes that may wait for `drain`
+_AT_ONCE = 1024
+_FORGOTTEN = b""
+
+Say = Callable[[wire.Source, Sequence[AnyEvent], str], None]
+Change = tuple[str, bytes, bytes | None]  # medium, namespace + key, parent's key or None where it left
+
+
+class Namespace:
+    """A source: what the tiers hold of one namespace."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.source = wire.Source(namespace=digest.hex())
+        self.spec: wire.NamespaceSpec | None = None
+        self.why = ""
+        self.held: dict[str, Blocks] = {}
+        self.events: list[AnyEvent] = []  # to be said
+
+    def describe(self, spec: wire.NamespaceSpec) -> None:
+        self.spec = spec
+        self.source = wire.Source(
+            "", 0, self.digest.hex(), spec.pool, spec.label, spec.tenant, spec.page_tokens
+        )  # fmt: skip
+
+    def store(self, medium: str, value: int, parent: int | None) -> None:
+        self.held.setdefault(medium, {})[value] = parent
+        last = self.events[-1] if self.events else None
+        if isinstance(last, Stored) and last.medium == medium and last.block_hashes[-1] == parent:
+            last.block_hashes.append(value)
+            return
+        self.events.append(
+            Stored(
+                block_hashes=[value], parent_block_hash=parent, token_ids=NO_TOKENS, block_size=0, lora_id=None,
+                medium=medium,
+            )
+        )  # fmt: skip
+
+    def remove(self, medium: str, value: int) -> None:
+        last = self.events[-1] if self.events else None
+        if isinstance(last, Removed) and last.medium == medium:
+            last.block_hashes.append(value)
+        else:
+            self.events.append(Removed(block_hashes=[value], medium=medium))
+
+
+class Holdings:
+    """`wake`: called when there is something to drain."""
+
+    def __init__(self, most_blocks: int, labels: Labels, say: Say, wake: Callable[[], None]) -> None:
+        self.blocks = 0
+        self._most_blocks = most_blocks
+        self._labels = labels
+        self._say = say
+        self._wake = wake
+        self._noted: deque[Change] = deque()
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._unknown = False  # a namespace found no room
+
+    def __len__(self) -> int:
+        """Changes that wait."""
+        return len(self._noted)
+
+    def sources(self) -> list[Namespace]:
+        return list(self._namespaces.values())
+
+    # -- told by the stock ---------------------------------------------------------------------------------
+
+    def came(self, medium: str, name: bytes, parent: bytes = NO_PARENT) -> None:
+        """A tier holds this page (namespace + key) now."""
+        self._note((medium, name, parent))
+
+    def left(self, medium: str, name: bytes) -> None:
+        self._note((medium, name, None))
+
+    def forgotten(self, medium: str) -> None:
+        """What the tier holds is not known any more, until it is told again."""
+        self._note((medium, _FORGOTTEN, None))
+
+    def _note(self, change: Change) -> None:
+        if not self._noted:
+            self._wake()
+        elif len(self._noted) >= _MOST_NOTED:
+            self.drain()
+        self._noted.append(change)
+
+    # -- in the background ---------------------------------------------------------------------------------
+
+    def drain(self) -> bool:
+        """Work off some of the changes, and say them; whether more wait."""
+        touched: dict[bytes, Namespace] = {}
+        for _ in range(min(_AT_ONCE, len(self._noted))):
+            medium, name, parent = self._noted.popleft()
+            if name == _FORGOTTEN:
+                touched.update(self._forget(medium))
+                continue
+            namespace = self._namespace(name[:NAMESPACE_BYTES])
+            if namespace is None:
+                continue
+            value = block_hash(name[NAMESPACE_BYTES:])
+            if parent is not None:
+                self._store(namespace, medium, value, block_hash(parent) if parent != NO_PARENT else None)
+            elif namespace.held.get(medium, {}).pop(value, self) is not self:
+                self.blocks -= 1
+                namespace.remove(medium, value)
+            touched[namespace.digest] = namespace
+        self._tell(touched.values())
+        return bool(self._noted)
+
+    def tick(self) -> None:
+        """Say what has become known of the namespaces."""
+        changed: list[Namespace] = []
+        for digest, namespace in self._namespaces.items():
+            spec = self._labels.get(digest)
+            if spec is not None and spec is not namespace.spec:
+                before = namespace.source
+                namespace.describe(spec)
+                if namespace.source != before:
+                    changed.append(namespace)
+        self._tell(changed)
+
+    def _tell(self, namespaces: Iterable[Namespace]) -> None:
+        for namespace in namespaces:
+            events, namespace.events = namespace.events, []
+            self._say(namespace.source, events, namespace.why)
+
+    def _namespace(self, digest: bytes) -> Namespace | None:
+        found = self._namespaces.get(digest)
+        if found is None and len(self._namespaces) < MOST_NAMESPACES:
+            found = self._namespaces[digest] = Namespace(digest)
+            spec = self._labels.get(digest)
+            if spec is not None:
+                found.describe(spec)
+        return found
+
+    def _store(self, namespace: Namespace, medium: str, value: int, parent: int | None) -> None:
+        held = namespace.held.get(medium, {})
+        if value not in held:
+            if self.blocks >= self._most_blocks:
+                namespace.why = (
+                    f"kvd's tiers hold more than {self._most_blocks} pages; events.most_blocks allows no more"
+                )
+                return
+            self.blocks += 1
+        namespace.store(medium, value, parent)
+
+    def _forget(self, medium: str) -> dict[bytes, Namespace]:
+        touched = {digest: found for digest, found in self._namespaces.items() if medium in found.held}
+        for namespace in touched.values():
+            self.blocks -= len(namespace.held.pop(medium))
+            namespace.events.append(Cleared(medium=medium))
+            if not namespace.held:
+                namespace.why = ""
+        return touched
+
+
+def block_hash(key: bytes) -> int:
+    """SGLang's event hash of a page key."""
+    return int.from_bytes(key[:8], signed=True)

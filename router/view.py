@@ -1,0 +1,242 @@
+"""What one node holds, as a router knows it: a snapshot and the batches after it, whatever is lost or late. Pure.
+
+Batches and the parts of a snapshot are applied in the order of their numbers (kvd.wire.stream says why that is right).
+What comes too early waits; what does not come is asked for, as a replay where the node can still repeat it, else as a
+new snapshot. Another epoch is another life of the node's kvd, which begins with a snapshot.
+
+Always true: where `why` is "", what the index has of this node is what the node had said up to batch `seq`. What the
+node itself does not know exactly of a source is in `sources`. What waits here is bounded; how many blocks the index
+takes is the index's own business.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from kvd import wire
+from kvd.errors import PeerError
+from kvd.router.numbering import Numbering, Place
+from kvd.sglang_events import GPU, NO_TOKENS, Batch, Cleared, Removed, Stored
+
+SILENT_S = 5.0  # the node says something every second
+ASK_AGAIN_S = 3.0
+MOST_SOURCES = 4096
+_MOST_EARLY = 4096  # batches that wait for what comes before them
+_MOST_PARTS = 1024  # parts of a snapshot that do
+
+Identity = tuple[str, int, str]
+
+
+class Index(Protocol):
+    """What the router looks prefixes up in. A holder is a number of kvd.router.numbering."""
+
+    def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> object: ...
+    def remove(self, holder: int, hashes: Sequence[int]) -> object: ...
+    def clear(self, holder: int) -> object: ...
+
+
+class Ask(NamedTuple):
+    """What to ask the node for: its batches from a number on; or with None a snapshot, under the request's number."""
+
+    start: int | None
+    request: int
+
+
+class Known(NamedTuple):
+    """A source, and what its node does not know of it; "" where that is exact."""
+
+    source: wire.Source
+    why: str
+
+
+class _Snapshot(Enum):
+    NEEDED = "no snapshot has come yet"
+    COMING = "a snapshot is coming in"
+    DONE = ""
+
+
+class View:
+    """`seq`: the last batch that was applied, of the life `epoch`. Times are seconds of one clock."""
+
+    def __init__(self, index: Index, holders: Numbering) -> None:
+        self.node = ""
+        self.epoch: int | None = None
+        self.seq = -1
+        self.sources: dict[Identity, Known] = {}
+        self.snapshots = self.replays = 0  # asked for
+        self._index = index
+        self._holders = holders
+        self._numbers: dict[Identity, dict[str, int]] = {}  # of the holders, by medium
+        self._early: dict[int, Batch] = {}
+        self._parts: list[wire.SnapshotPart] = []
+        self._state = _Snapshot.NEEDED
+        self._asked_at = self._heard_at = -1e9
+        self._asked_from = -1  # the last replay
+        self._request = 0  # the snapshot whose parts are taken; 0: of none
+
+    def why(self, now: float) -> str:
+        """Why this view is not exact; "" where it is."""
+        if self._state is not _Snapshot.DONE:
+            return str(self._state.value)
+        if self._gap:
+            return f"batches from {self.seq + 1} on are missing"
+        if now - self._heard_at > SILENT_S:
+            return f"the node has said nothing for {SILENT_S:.0f} s, or its connection broke"
+        return ""
+
+    def ask(self, now: float) -> Ask | None:
+        """What to ask the node for now; it is asked again where nothing comes of it."""
+        if now - self._asked_at < ASK_AGAIN_S:
+            return None
+        if self._gap or (self._state is _Snapshot.DONE and now - self._heard_at > SILENT_S):
+            self._asked_at, self._asked_from = now, self.seq
+            self.replays += 1
+            return Ask(self.seq + 1, 0)
+        if self._state is _Snapshot.DONE:
+            return None
+        self._asked_at, self._state = now, _Snapshot.NEEDED
+        self._parts.clear()
+        self.snapshots += 1
+        self._request = self.snapshots
+        return Ask(None, self._request)
+
+    def doubt(self) -> None:
+        """The connection broke: not exact until the node is heard again."""
+        self._heard_at = -1e9
+
+    def batch(self, seq: int, batch: Batch, now: float) -> None:
+        """A batch, published or repeated. Raises PeerError where it is not of a node's stream."""
+        head = batch.events[0].kvd if batch.events else None
+        if head is None:
+            raise PeerError("a batch without kvd's head", "is this endpoint a worker's own publisher?")
+        self._heard_at = now
+        if self.epoch is None:
+            self.epoch = head.epoch
+        elif head.epoch != self.epoch:
+            self.epoch = head.epoch
+            self._early.clear()
+            self._start_over()
+        if seq > self.seq and len(self._early) < _MOST_EARLY:
+            for event in batch.events:
+                if isinstance(event, Stored):
+                    event.token_ids = NO_TOKENS  # they would keep the whole message in memory
+            self._early[seq] = batch
+        self._go_on()
+
+    def part(self, part: wire.SnapshotPart, now: float) -> None:
+        """A part of a snapshot. Raises PeerError where it cannot be."""
+        if part.request != self._request:
+            return
+        self._heard_at = self._asked_at = now
+        if part.epoch != self.epoch:
+            if self._state is _Snapshot.COMING or self._parts:
+                self._start_over()
+                return
+            self.epoch = part.epoch
+            self._early.clear()
+        self._parts.append(part)
+        self._go_on()
+        if len(self._parts) > _MOST_PARTS:
+            self._start_over()
+
+    def replay_ended(self, now: float) -> None:
+        """All that the node could repeat has come."""
+        self._heard_at = now
+        if self._gap and self.seq == self._asked_from:
+            self._start_over()
+        else:
+            self._asked_at = -1e9
+
+    def close(self) -> None:
+        """The node is not followed any more: nothing of it stays in the index."""
+        self._drop_all()
+        self._start_over()
+
+    @property
+    def _gap(self) -> bool:
+        """The next batch is needed, and others came before it."""
+        if self._state is _Snapshot.DONE:
+            return bool(self._early)
+        return self._state is _Snapshot.COMING and bool(self._parts)
+
+    def _start_over(self) -> None:
+        self._state, self.seq, self._request = _Snapshot.NEEDED, -1, 0
+        self._parts.clear()
+        self._asked_at = -1e9
+
+    def _go_on(self) -> None:
+        """Apply what is due. While a snapshot comes in, no batch overtakes a part."""
+        while True:
+            if self._parts and (self._state is _Snapshot.NEEDED or self._parts[0].seq == self.seq):
+                self._apply_part(self._parts.pop(0))
+            elif self._parts and self._parts[0].seq < self.seq:
+                self._start_over()
+                raise PeerError("parts of a snapshot out of order")
+            elif (self._parts or self._state is _Snapshot.DONE) and self.seq + 1 in self._early:
+                self.seq += 1
+                self._apply(self._early.pop(self.seq))
+            else:
+                return
+
+    def _apply_part(self, part: wire.SnapshotPart) -> None:
+        if self._state is _Snapshot.NEEDED:
+            self._drop_all()
+            self.node, self.seq, self._state = part.node, part.seq, _Snapshot.COMING
+            self._early = {seq: batch for seq, batch in self._early.items() if seq > part.seq}
+        if part.source is None:
+            self._state, self._request = _Snapshot.DONE, 0
+            return
+        identity = self._meet(part.source, part.why)
+        number = self._number(identity, part.medium) if part.runs else None
+        if number is None:
+            return
+        try:
+            for parent, hashes in part.runs:
+                self._index.store(number, parent, wire.unpack_hashes(hashes))
+        except ValueError as error:
+            raise PeerError(f"a run of hashes: {error}") from error
+
+    def _apply(self, batch: Batch) -> None:
+        head = batch.events[0].kvd
+        assert head is not None, "looked at when it came"
+        identity = self._meet(head.source, head.why)
+        for event in batch.events:
+            if isinstance(event, Cleared):
+                held = self._numbers.get(identity, {})
+                for medium in list(held) if event.medium is None else [event.medium]:
+                    if medium in held:
+                        self._index.clear(held[medium])
+            elif isinstance(event, Removed):
+                number = self._numbers.get(identity, {}).get(event.medium or GPU)
+                if number is not None and event.block_hashes:
+                    self._index.remove(number, event.block_hashes)
+            elif (number := self._number(identity, event.medium or GPU)) is not None:
+                self._index.store(number, event.parent_block_hash, event.block_hashes)
+
+    def _meet(self, source: wire.Source, why: str) -> Identity:
+        identity = (source.worker, source.rank, source.namespace)
+        if (source.worker or source.namespace) and (identity in self.sources or len(self.sources) < MOST_SOURCES):
+            self.sources[identity] = Known(source, why)
+        return identity
+
+    def _number(self, identity: Identity, medium: str) -> int | None:
+        """The holder's number; where there are too many, None, and the source is not exact."""
+        if identity not in self.sources:
+            return None
+        held = self._numbers.setdefault(identity, {})
+        number = held.get(medium)
+        if number is None:
+            number = self._holders.number(Place(self.node, *identity, medium))
+            if number is None:
+                self.sources[identity] = Known(self.sources[identity].source, "there are too many holders")
+                return None
+            held[medium] = number
+        return number
+
+    def _drop_all(self) -> None:
+        for identity, held in self._numbers.items():
+            for medium, number in held.items():
+                self._index.clear(number)
+                self._holders.forget(Place(self.node, *identity, medium))
+        self._numbers.clear()
+        self.sources.clear()

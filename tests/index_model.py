@@ -1,0 +1,23 @@
+"""The plainest index there could be: a set of hashes for each holder."""
+
+from collections.abc import Sequence
+
+
+class SetIndex:
+    """`held`: holder -> hash -> its parent."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, dict[int, int | None]] = {}
+
+    def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> None:
+        blocks = self.held.setdefault(holder, {})
+        for value in hashes:
+            blocks[value] = parent
+            parent = value
+
+    def remove(self, holder: int, hashes: Sequence[int]) -> None:
+        for value in hashes:
+            self.held.get(holder, {}).pop(value, None)
+
+    def clear(self, holder: int) -> None:
+        self.held.pop(holder, None)

@@ -1,0 +1,328 @@
+"""A router's view of a node: exact when it says so, whatever is lost, doubled, late, or killed in between."""
+
+import os
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvd import wire
+from kvd.daemon.mirror import Mirror
+from kvd.daemon.stream import Stream, snapshot
+from kvd.errors import PeerError
+from kvd.router.numbering import Numbering, Place
+from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, View
+from kvd.sglang_events import GPU, Batch, Cleared, Removed, decode, read_frames
+from tests.index_model import SetIndex
+from tests.publisher_model import ModelPublisher, any_events, removed, stored
+
+SEQUENCES = int(os.environ.get("KVD_EVENT_SEQUENCES", "300"))  # per test
+MANY = 1000
+Truth = dict[Place, dict[int, int | None]]
+
+
+class ModelWorker:
+    """A rank of a worker and the node's mirror of it, without a network between."""
+
+    def __init__(self, url: str) -> None:
+        self.source = wire.Source(url, 0, block_tokens=4)
+        self.publisher = ModelPublisher(100)
+        self.mirror = Mirror(MANY)
+        self.mirror.replay_ended()
+
+    held = property(lambda self: self.mirror.held)
+    why = property(lambda self: self.mirror.why)
+
+
+class ModelNode:
+    """A node's kvd: workers, the stream, and what it has sent."""
+
+    def __init__(self, epoch: int, depth: int, workers: list[ModelWorker]) -> None:
+        self.stream = Stream("n", epoch, depth)
+        self.workers = workers
+        self.sent: list[tuple[int, Batch]] = []
+
+    def say(self, worker: ModelWorker, *events: object) -> None:
+        changed = worker.mirror.live(*worker.publisher.publish(*events))  # type: ignore[arg-type]
+        self.stream.say(worker.source, changed, worker.why)
+
+    def flush(self) -> None:
+        self.sent += (read(message) for message in self.stream.flush(1.0))
+
+    def replay(self, start: int) -> list[tuple[int, Batch]]:
+        return [read(message) for message in self.stream.replay(start)]
+
+    def snapshot(self, request: int) -> Iterator[wire.SnapshotPart]:
+        for part in snapshot(request, self.stream, lambda: self.workers, self.flush):
+            yield wire.decode_from_stream(wire.encode(part))
+
+    @property
+    def truth(self) -> Truth:
+        """What it holds; call it when all is flushed."""
+        return {
+            Place("n", worker.source.worker, 0, "", medium): dict(blocks)
+            for worker in self.workers
+            for medium, blocks in worker.held.items()
+            if blocks
+        }
+
+
+def read(message: tuple[bytes, bytes, bytes]) -> tuple[int, Batch]:
+    found = read_frames(message)
+    assert found is not None
+    return found[0], decode(found[1])
+
+
+class Seen:
+    """A view and what it filled."""
+
+    def __init__(self) -> None:
+        self.index, self.holders, self.now = SetIndex(), Numbering(), 100.0
+        self.view = View(self.index, self.holders)
+
+    @property
+    def held(self) -> Truth:
+        found = {self.holders.place(number): blocks for number, blocks in self.index.held.items() if blocks}
+        assert None not in found, "all that is held is held by somebody"
+        return {place: blocks for place, blocks in found.items() if place is not None}
+
+    @property
+    def why(self) -> str:
+        return self.view.why(self.now)
+
+    def hear(self, node: ModelNode) -> None:
+        """All that the node has sent and is not heard yet."""
+        node.flush()
+        for seq, batch in node.sent:
+            self.view.batch(seq, batch, self.now)
+        node.sent.clear()
+
+    def heal(self, node: ModelNode) -> None:
+        """Ask and answer until nothing is missing."""
+        for _ in range(8):
+            self.now += ASK_AGAIN_S
+            wanted = self.view.ask(self.now)
+            if wanted is None:
+                return
+            if wanted.start is None:
+                for part in node.snapshot(wanted.request):
+                    self.view.part(part, self.now)
+            else:
+                for seq, batch in node.replay(wanted.start):
+                    self.view.batch(seq, batch, self.now)
+                self.view.replay_ended(self.now)
+            self.hear(node)
+        raise AssertionError(f"still not exact: {self.why}")
+
+
+@pytest.fixture
+def node() -> ModelNode:
+    return ModelNode(1, 8, [ModelWorker("http://a"), ModelWorker("http://b")])
+
+
+@pytest.fixture
+def seen(node: ModelNode) -> Seen:
+    """One that is exact already."""
+    seen = Seen()
+    assert seen.why == "no snapshot has come yet"
+    seen.heal(node)
+    assert seen.why == ""
+    return seen
+
+
+def test_blocks_are_seen_with_their_parents_by_worker_and_medium(node: ModelNode, seen: Seen) -> None:
+    a, b = node.workers
+    node.say(a, stored([1, 2, 3]), stored([1], None, "CPU_PINNED"))
+    node.say(b, stored([1, 2]), removed([2]))
+    seen.hear(node)
+    assert seen.held == node.truth
+    assert seen.held[Place("n", "http://a", 0, "", GPU)] == {1: None, 2: 1, 3: 2}
+    assert seen.why == ""
+    assert seen.view.sources["http://a", 0, ""].source.block_tokens == 4
+
+
+def test_a_late_router_gets_all_with_one_snapshot(node: ModelNode) -> None:
+    for n in range(50):
+        node.say(node.workers[n % 2], stored([3 * n, 3 * n + 1, 3 * n + 2]), removed([3 * n + 1]))
+        node.flush()
+    seen = Seen()
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+    assert (seen.view.snapshots, seen.view.replays) == (1, 0)
+
+
+def test_what_happens_while_a_snapshot_is_made_is_in_it_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PART_BLOCKS", 2)
+    node = ModelNode(1, 100, [ModelWorker("http://a")])
+    (a,) = node.workers
+    node.say(a, stored(list(range(10))))
+    seen = Seen()
+    wanted = seen.view.ask(seen.now)
+    assert wanted is not None
+    for step, part in enumerate(node.snapshot(wanted.request)):
+        node.say(a, removed([9 - step, step]), stored([100 + step], 5))
+        seen.hear(node)
+        seen.view.part(part, seen.now)
+    seen.hear(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+
+
+def test_a_lost_batch_is_repeated(node: ModelNode, seen: Seen) -> None:
+    node.say(node.workers[0], stored([1]))
+    node.flush()
+    node.sent.clear()
+    node.say(node.workers[0], stored([2], 1))
+    seen.hear(node)
+    assert seen.why == "batches from 0 on are missing"
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+    assert (seen.view.snapshots, seen.view.replays) == (1, 1)
+
+
+def test_what_cannot_be_repeated_any_more_comes_as_a_snapshot(node: ModelNode, seen: Seen) -> None:
+    for n in range(20):
+        node.say(node.workers[0], stored([n]))
+        node.flush()
+    node.sent.clear()
+    node.say(node.workers[0], removed([0]))
+    seen.hear(node)
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+    assert seen.view.snapshots == 2
+
+
+def test_another_life_of_the_node_begins_with_a_snapshot(node: ModelNode, seen: Seen) -> None:
+    node.say(node.workers[0], stored([1]))
+    seen.hear(node)
+    following = ModelNode(2, 8, node.workers[1:])
+    following.say(following.workers[0], stored([7]))
+    seen.hear(following)
+    assert seen.why == "no snapshot has come yet"
+    seen.heal(following)
+    assert seen.why == ""
+    assert seen.held == following.truth == {Place("n", "http://b", 0, "", GPU): {7: None}}
+
+
+def test_silence_and_a_broken_connection_are_not_exact(node: ModelNode, seen: Seen) -> None:
+    seen.now += SILENT_S + 1
+    assert "said nothing" in seen.why
+    seen.heal(node)
+    assert seen.why == ""
+    seen.view.doubt()
+    assert "connection broke" in seen.why
+    seen.heal(node)
+    assert seen.why == ""
+
+
+def test_what_the_node_does_not_know_exactly_is_passed_on(node: ModelNode, seen: Seen) -> None:
+    a = node.workers[0]
+    a.mirror.doubt()
+    node.stream.say(a.source, [], a.why)
+    seen.hear(node)
+    assert seen.why == ""
+    assert "connection" in seen.view.sources["http://a", 0, ""].why
+
+
+def test_clearing_reaches_one_source_and_where_it_is_said_one_medium(node: ModelNode, seen: Seen) -> None:
+    a, b = node.workers
+    for worker in (a, b):
+        node.say(worker, stored([1]), stored([1], None, "CPU_PINNED"))
+    node.say(a, Cleared())
+    seen.hear(node)
+    assert {place.worker for place in seen.held} == {"http://b"}
+    node.stream.say(b.source, [Cleared(medium=GPU)])
+    seen.hear(node)
+    assert {place.medium for place in seen.held} == {"CPU_PINNED"}
+
+
+def test_a_node_that_is_left_leaves_nothing(node: ModelNode, seen: Seen) -> None:
+    node.say(node.workers[0], stored([1]))
+    seen.hear(node)
+    seen.view.close()
+    assert seen.index.held == {}
+    assert len(seen.holders) == 0
+    assert seen.why
+
+
+def test_a_workers_own_publisher_is_no_nodes_stream(seen: Seen) -> None:
+    for batch in (Batch(1.0, [Removed(block_hashes=[1])]), Batch(1.0, [])):
+        with pytest.raises(PeerError, match="without kvd's head"):
+            seen.view.batch(0, batch, seen.now)
+
+
+def test_sources_without_end_are_bounded(seen: Seen) -> None:
+    stream = Stream("n", 1, 8)
+    for n in range(MOST_SOURCES + 10):
+        stream.say(wire.Source(f"http://{n}"), [stored([n])])
+        for message in stream.flush(1.0):
+            seen.view.batch(*read(message), seen.now)
+    assert len(seen.view.sources) == MOST_SOURCES
+    assert len(seen.held) == MOST_SOURCES - 2, "two were there before, and hold nothing"
+
+
+@settings(max_examples=SEQUENCES, deadline=None)
+@given(st.randoms(use_true_random=True))
+def test_exact_means_true_for_any_fate_of_messages(random: Random) -> None:
+    workers = [ModelWorker("http://a"), ModelWorker("http://b")]
+    epoch = 1
+    node, seen = ModelNode(epoch, random.choice([1, 4, 50]), workers), Seen()
+    late: list[tuple[int, Batch]] = []
+    past: dict[tuple[int, int], Truth] = {(1, -1): {}}
+    coming: Iterator[wire.SnapshotPart] = iter(())
+
+    def flush() -> None:
+        node.flush()
+        past[epoch, node.stream.seq] = node.truth
+
+    def verify() -> None:
+        if seen.why == "" and (truth := past.get((epoch, seen.view.seq))) is not None and seen.view.epoch == epoch:
+            assert seen.held == truth
+
+    for _ in range(random.randint(1, 60)):
+        seen.now += 0.5
+        step = random.choices(
+            ["say", "send", "lose", "late", "again", "ask", "part", "kill", "heal"], [20, 12, 4, 4, 4, 6, 12, 1, 3]
+        )[0]
+        if step == "say":
+            worker = random.choice(workers)
+            node.say(worker, *any_events(random))
+            flush()
+        elif step == "send" and node.sent:
+            seen.view.batch(*node.sent.pop(0), seen.now)
+        elif step == "lose" and node.sent:
+            node.sent.pop(random.randrange(len(node.sent)))
+        elif step == "late" and node.sent:
+            late.append(node.sent.pop(random.randrange(len(node.sent))))
+        elif step == "again" and late:
+            seen.view.batch(*random.choice(late), seen.now)
+        elif step == "ask" and (wanted := seen.view.ask(seen.now)) is not None:
+            if wanted.start is None:
+                coming = node.snapshot(wanted.request)
+            else:
+                for seq, batch in node.replay(wanted.start):
+                    seen.view.batch(seq, batch, seen.now)
+                seen.view.replay_ended(seen.now)
+        elif step == "part" and (part := next(coming, None)) is not None:
+            seen.view.part(part, seen.now)
+        elif step == "kill":
+            epoch += 1
+            node, coming = ModelNode(epoch, 8, workers), iter(())
+            late.clear()
+            flush()
+        elif step == "heal":
+            coming = iter(())
+            seen.heal(node)
+        verify()
+    node.sent.clear()
+    node.say(workers[0], stored([1]))
+    flush()
+    seen.hear(node)
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
