@@ -18,9 +18,7 @@ class WholeEvents:
         """What is whole by now."""
         if self._held:
             data = self._held + data
-        end = data.rfind(b"\n\n") + 2
-        if end != len(data):  # else the common case: it ends with its event
-            end = max(end, data.rfind(b"\r\n\r\n") + 4) if b"\r\n\r\n" in data else max(end, 0) if end > 1 else 0
+        end = max(_after(data, b"\n\n"), _after(data, b"\r\n\r\n"))
         if not end and len(data) > _MOST:
             self._held, self.inside = b"", True
             return data
@@ -37,3 +35,9 @@ class WholeEvents:
     def drop(self) -> None:
         """Forget the piece of an event that never became whole."""
         self._held = b""
+
+
+def _after(data: bytes, line_ends: bytes) -> int:
+    """Where the last of them ends; 0 where there are none."""
+    at = data.rfind(line_ends)
+    return at + len(line_ends) if at >= 0 else 0
