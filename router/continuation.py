@@ -1,9 +1,9 @@
 """A stream whose worker died goes on elsewhere: what was said so far, and the request that asks for the rest. Pure.
 
 Only where the rest is what the first worker would have said (or would have drawn from the same distribution): the new
-worker is given the prompt and all that was generated, so nothing may depend on how it came about. Penalties over generated
-tokens, grammars, log probabilities, several choices, tool calls and reasoning do: such a stream ends with an error event.
-A field that is not known here is taken to matter.
+worker is given the prompt and all that was generated, so nothing may depend on how it came about. Penalties over
+generated tokens, grammars, log probabilities, several choices, tool calls and reasoning do: such a stream ends with an
+error event. A field that is not known here is taken to matter.
 
 What was generated is handed over as token ids where both the request and its events carry them (`input_ids` and
 `output_ids` of /generate; a `prompt` of ids and `token_ids` of /v1/completions), else as text. Text is cut into tokens

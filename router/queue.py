@@ -1,8 +1,8 @@
 """Who is served next when every worker is busy: priority first, then each tenant its share, then who came first. Pure.
 
 Each tenant has a clock that runs 1/weight for every request served; the tenant whose clock is furthest behind is next.
-One that comes back after a silence starts where service stands: it has saved up no credit, and one that sends a thousand
-at once waits behind itself.
+One that comes back after a silence starts where service stands: it has saved up no credit, and one that sends a
+thousand at once waits behind itself.
 Always true: at most `most` wait; nobody is served after its deadline.
 """
 

@@ -1,7 +1,7 @@
 """What an operator can set of the router. Frozen; unknown keys are refused; nothing is corrected silently.
 
-Read in this order, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/router.toml if it is there), the
-environment (`KVD_ROUTER_LISTEN__PORT=...`). Read once, in `main`.
+Read, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/router.toml if it is there), the environment
+(`KVD_ROUTER_LISTEN__PORT=...`), the command line. Read once, in `main`.
 """
 
 import tomllib
@@ -146,7 +146,7 @@ def worker_at(url: str) -> Worker:
 
 
 def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:
-    """Read the file and the environment; `given` wins over both. Raises SettingsError naming the key and the remedy."""
+    """Read file and environment; `given` wins over both. Raises SettingsError naming the key and the remedy."""
     values: dict[str, Any] = {}
     if file is None and DEFAULT_FILE.exists():
         file = DEFAULT_FILE

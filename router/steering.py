@@ -1,8 +1,8 @@
 """How the proxy asks where a request goes, and tells what became of it. The interface; see leastbusy for a simple one.
 
 The proxy calls `choose` once, and once more for each worker that failed it; then `sent`, `first_byte`, `progressed` in
-this order as they happen, and `finished` exactly once for every choice, whatever happens. Notices never block or raise.
-Times are those of the event loop's clock, in seconds.
+this order as they happen, and `finished` exactly once for every choice, whatever happens. Notices neither block nor
+raise. Times are those of the event loop's clock, in seconds.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 class Busy(KvdError):
-    """No worker can take the request now. `overloaded` says whose fault: the asker's own share (429), or ours (503)."""
+    """No worker can take the request now. `own_share`: its tenant has more waiting than others (429, else 503)."""
 
     def __init__(self, message: str, retry_after_s: float, own_share: bool = False) -> None:
         super().__init__(message, f"try again in {retry_after_s:.0f} s")

@@ -29,7 +29,7 @@ class Unsaltable(KvdError):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """`weight`: its share of the queue. `admin`: may use every endpoint. `shared`: no salt, its pages are everybody's."""
+    """`weight`: its share of the queue. `admin`: may use every endpoint. `shared`: no salt, pages in common."""
 
     name: str
     weight: float = 1.0
@@ -93,7 +93,7 @@ class Tenants:
         return bool(self._known)
 
     def who(self, single: Mapping[bytes, bytes]) -> Tenant | None:
-        """The tenant of a request with these headers (`authorization: Bearer`, or `x-api-key`); None for a stranger."""
+        """Whose request this is, by `authorization: Bearer KEY` or `x-api-key: KEY`; None for a stranger's."""
         if not self._known:
             return ANYBODY
         kind, _, key = single.get(b"authorization", b"").partition(b" ")

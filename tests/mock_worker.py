@@ -2,12 +2,12 @@
 
     python -m tests.mock_worker        prints its port, serves until killed
 
-Its model writes one word for each token, and which one follows from all words before it: after `n` words comes ` w<n>`,
-after the token id `i` comes `i + 1`. So a stream that went on elsewhere reads as if nothing had happened only if the
-second worker was given everything. Events and answers have the shape of SGLang 0.5.23.
+Its model writes one word for each token, and which one follows from all words before it: after `n` words comes
+` w<n+1>`, after the token id `i` comes `i + 1`. So a stream that went on elsewhere reads as if nothing had happened
+only if the second worker was given everything. Events and answers have the shape of SGLang 0.5.23.
 
-`POST /mock/set` changes how it behaves (see `Mood`), `/mock/step` lets one held event go, `/mock/seen` tells what came:
-every request in full, the bytes of every connection, how many answers nobody wanted any more.
+`POST /mock/set` changes how it behaves (see `Mood`), `/mock/step` lets one held event go, `/mock/seen` tells what
+came: every request in full, the bytes of every connection, how many answers nobody wanted any more.
 """
 
 import asyncio
@@ -123,9 +123,7 @@ class Served(asyncio.Protocol):
             if sent == MOOD.die_after:
                 if MOOD.torn:
                     self.chunk(event[: len(event) // 2])
-                while self.transport.get_write_buffer_size():
-                    await asyncio.sleep(0.001)
-                os._exit(9)
+                os._exit(9)  # what was written is the kernel's by now: nobody here reads slowly
             self.chunk(event)
             sent += 1
         self.transport.write(b"0\r\n\r\n")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,8 @@ class Router:
         """Everything that comes back until the router closes, or says nothing for `timeout_s`."""
         with self.connect() as sock:
             sock.settimeout(timeout_s)
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(sent)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
             return drain(sock)
 
     def stop(self, timeout_s: float = 20.0) -> None:

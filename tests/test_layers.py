@@ -17,6 +17,9 @@ PURE = (
     "kvd.sidecar.prefill", "kvd.sidecar.circuit", "kvd.sidecar.hits", "kvd.sidecar.identity",
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
+    "kvd.router.steering", "kvd.router.queue", "kvd.router.tenants", "kvd.router.continuation",
+    "kvd.router.proxy.strict", "kvd.router.proxy.headers", "kvd.router.proxy.endpoints", "kvd.router.proxy.events",
+    "kvd.router.proxy.answers",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}

@@ -1,4 +1,4 @@
-"""What attackers send: each gets its refusal, and a worker sees one request or none. Over raw sockets, real processes."""
+"""What attackers send: each gets its refusal, and a worker sees one request or none. Raw sockets, real processes."""
 
 import json
 import socket
@@ -38,10 +38,11 @@ def request(*lines: str, body: bytes = b"") -> bytes:
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
 HOST = "host: x"
 POST = "POST /echo HTTP/1.1"
+CHUNKED = "transfer-encoding: chunked"
 ATTACKS = {
     # What a request's end is
-    "length and chunked": (request(POST, HOST, "content-length: 5", "transfer-encoding: chunked", body=b"0\r\n\r\n" + SMUGGLED), 400),
-    "chunked and length": (request(POST, HOST, "transfer-encoding: chunked", "content-length: 5", body=b"0\r\n\r\n" + SMUGGLED), 400),
+    "length and chunked": (request(POST, HOST, "content-length: 5", CHUNKED, body=b"0\r\n\r\n" + SMUGGLED), 400),
+    "chunked and length": (request(POST, HOST, CHUNKED, "content-length: 5", body=b"0\r\n\r\n" + SMUGGLED), 400),
     "two lengths": (request(POST, HOST, "content-length: 5", "content-length: 0", body=b"hello"), 400),
     "the same length twice": (request(POST, HOST, "content-length: 5", "content-length: 5", body=b"hello"), 400),
     "a list of lengths": (request(POST, HOST, "content-length: 5, 5", body=b"hello"), 400),
@@ -49,23 +50,23 @@ ATTACKS = {
     "a hexadecimal length": (request(POST, HOST, "content-length: 0x5", body=b"hello"), 400),
     "a length beyond all numbers": (request(POST, HOST, "content-length: " + "9" * 40), 400),
     "an empty length": (request(POST, HOST, "content-length:", body=b"hello"), 400),
-    "chunked twice": (request(POST, HOST, "transfer-encoding: chunked", "transfer-encoding: chunked", body=b"0\r\n\r\n"), 400),
+    "chunked twice": (request(POST, HOST, CHUNKED, CHUNKED, body=b"0\r\n\r\n"), 400),
     "chunked, then not": (request(POST, HOST, "transfer-encoding: chunked, identity", body=b"0\r\n\r\n"), 400),
     "gzip, then chunked": (request(POST, HOST, "transfer-encoding: gzip, chunked", body=b"0\r\n\r\n"), 400),
     "xchunked": (request(POST, HOST, "transfer-encoding: xchunked", body=b"0\r\n\r\n"), 400),
     "chunked with a vertical tab": (request(POST, HOST, "transfer-encoding: \x0bchunked", body=b"0\r\n\r\n"), 400),
-    "chunked in HTTP/1.0": (request("POST /echo HTTP/1.0", HOST, "transfer-encoding: chunked", body=b"0\r\n\r\n"), 400),
+    "chunked in HTTP/1.0": (request("POST /echo HTTP/1.0", HOST, CHUNKED, body=b"0\r\n\r\n"), 400),
     # What a chunk is
-    "a chunk extension": (request(POST, HOST, "transfer-encoding: chunked", body=b"5;a=b\r\nhello\r\n0\r\n\r\n"), 400),
-    "a chunk size with a bare LF": (request(POST, HOST, "transfer-encoding: chunked", body=b"5\nhello\r\n0\r\n\r\n"), 400),
-    "a chunk size with a sign": (request(POST, HOST, "transfer-encoding: chunked", body=b"+5\r\nhello\r\n0\r\n\r\n"), 400),
-    "a chunk size with 0x": (request(POST, HOST, "transfer-encoding: chunked", body=b"0x5\r\nhello\r\n0\r\n\r\n"), 400),
-    "a chunk size with a space": (request(POST, HOST, "transfer-encoding: chunked", body=b"5 \r\nhello\r\n0\r\n\r\n"), 400),
-    "a chunk that is longer": (request(POST, HOST, "transfer-encoding: chunked", body=b"5\r\nhelloo\r\n0\r\n\r\n"), 400),
-    "no chunk size": (request(POST, HOST, "transfer-encoding: chunked", body=b"\r\nhello\r\n0\r\n\r\n"), 400),
-    "trailers": (request(POST, HOST, "transfer-encoding: chunked", body=b"0\r\ncontent-length: 5\r\n\r\n"), 400),
-    "a huge chunk": (request(POST, HOST, "transfer-encoding: chunked", body=b"ffffffff\r\n"), 413),
-    "a chunk size that overflows": (request(POST, HOST, "transfer-encoding: chunked", body=b"fffffffffffffffff\r\n"), 400),
+    "a chunk extension": (request(POST, HOST, CHUNKED, body=b"5;a=b\r\nhello\r\n0\r\n\r\n"), 400),
+    "a chunk size with a bare LF": (request(POST, HOST, CHUNKED, body=b"5\nhello\r\n0\r\n\r\n"), 400),
+    "a chunk size with a sign": (request(POST, HOST, CHUNKED, body=b"+5\r\nhello\r\n0\r\n\r\n"), 400),
+    "a chunk size with 0x": (request(POST, HOST, CHUNKED, body=b"0x5\r\nhello\r\n0\r\n\r\n"), 400),
+    "a chunk size with a space": (request(POST, HOST, CHUNKED, body=b"5 \r\nhello\r\n0\r\n\r\n"), 400),
+    "a chunk that is longer": (request(POST, HOST, CHUNKED, body=b"5\r\nhelloo\r\n0\r\n\r\n"), 400),
+    "no chunk size": (request(POST, HOST, CHUNKED, body=b"\r\nhello\r\n0\r\n\r\n"), 400),
+    "trailers": (request(POST, HOST, CHUNKED, body=b"0\r\ncontent-length: 5\r\n\r\n"), 400),
+    "a huge chunk": (request(POST, HOST, CHUNKED, body=b"ffffffff\r\n"), 413),
+    "a chunk size that overflows": (request(POST, HOST, CHUNKED, body=b"fffffffffffffffff\r\n"), 400),
     # What a line is
     "a folded header": (request("GET /echo HTTP/1.1", HOST, "x-a: 1", " folded"), 400),
     "a space before the colon": (request("GET /echo HTTP/1.1", HOST, "content-length : 5"), 400),

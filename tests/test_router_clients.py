@@ -1,6 +1,7 @@
 """The official clients, through the router."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import anthropic
 import openai
@@ -38,14 +39,29 @@ def test_openai_streams(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in text) == " w3 w4 w5"
 
 
-def test_a_stream_that_dies_is_an_error_to_openais_client(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with MockWorker(die_after=3) as worker, Router(tmp_path_factory.mktemp("router"), worker.url) as router:
-        with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
-            stream = client.chat.completions.create(model="mock", messages=MESSAGES, stream=True)
-            with pytest.raises(openai.APIError, match="left in the middle|no other worker"):
-                list(stream)
-            with pytest.raises(openai.InternalServerError):
-                client.chat.completions.create(model="mock", messages=MESSAGES)
+@pytest.fixture
+def dying(tmp_path: Path) -> Iterator[Router]:
+    """A router whose only worker dies in the middle of its first answer."""
+    with MockWorker(die_after=4) as worker, Router(tmp_path, worker.url) as running:
+        yield running
+
+
+def test_a_stream_that_dies_is_an_error_to_openais_client(dying: Router) -> None:
+    with openai.OpenAI(base_url=f"{dying.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(model="mock", messages=MESSAGES, stream=True)
+        with pytest.raises(openai.APIError, match="no other worker"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="mock", messages=MESSAGES)
+
+
+def test_a_stream_that_dies_is_an_error_to_anthropics_client(dying: Router) -> None:
+    with (
+        anthropic.Anthropic(base_url=dying.url, api_key="none", max_retries=0) as client,
+        pytest.raises(anthropic.APIStatusError, match="left in the middle"),
+        client.messages.stream(model="mock", messages=MESSAGES, max_tokens=9) as stream,
+    ):
+        list(stream.text_stream)
 
 
 def test_anthropic_messages(router: Router) -> None:
@@ -54,11 +70,3 @@ def test_anthropic_messages(router: Router) -> None:
         assert reply.content[0].text == " w4 w5 w6"
         with client.messages.stream(model="mock", messages=MESSAGES, max_tokens=3) as stream:
             assert "".join(stream.text_stream) == " w4 w5 w6"
-
-
-def test_a_stream_that_dies_is_an_error_to_anthropics_client(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with MockWorker(die_after=4) as worker, Router(tmp_path_factory.mktemp("router"), worker.url) as router:
-        with anthropic.Anthropic(base_url=router.url, api_key="none", max_retries=0) as client:
-            with pytest.raises(anthropic.APIStatusError, match="left in the middle"):
-                with client.messages.stream(model="mock", messages=MESSAGES, max_tokens=9) as stream:
-                    list(stream.text_stream)

@@ -1,9 +1,9 @@
 """One client's connection: heads and bodies in, whole requests to the house, answers out in the order of the requests.
 
 A request is taken apart by kvd.router.proxy.strict; the first thing that is wrong with it ends the connection, because
-where the next request begins is then anybody's guess. Requests that come before the last one is answered wait their turn.
-Always true: a client that leaves, however, leaves nothing running; what it may make us hold is bounded; each state it can
-keep us in has a deadline.
+where the next request begins is then anybody's guess. Requests that come before the last one is answered wait.
+Always true: a client that leaves, however, leaves nothing running; what it may make us hold is bounded; each state it
+can keep us in has a deadline.
 """
 
 import asyncio

@@ -15,7 +15,7 @@ Salt = Literal["carried", "impossible", "needless"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`routed`: which worker answers matters. `salt`: whether its body can carry SGLang's `cache_salt`, where it needs it.
+    """`routed`: which worker answers matters. `salt`: whether its body can carry SGLang's `cache_salt`.
 
     `stream`: the shape of its events, where a stream that was cut can be continued.
     """

@@ -8,7 +8,7 @@
        └── lost after it: the rest from another worker (kvd.router.continuation), else an error event; a body that is
            no event stream is cut, which its length or its last chunk tells the client
 
-Events are passed on as they came, each as soon as it is whole. What a client does not read is not taken from the worker.
+Events are passed on as they came, each as soon as it is whole. What a client does not read is not taken from a worker.
 Always true: each choice is finished once; a client that left has no request at a worker.
 """
 

@@ -42,7 +42,7 @@ def request_head(
 def response_head(
     status: int, fields: Fields, request_id: bytes, length: int | None, chunked: bool, keep: bool
 ) -> bytes:
-    """What the client gets first. `length` None and not `chunked`: the body ends with the connection, or there is none."""
+    """What the client gets first. `length` None and not `chunked`: no body, or one that ends with the connection."""
     lines = [b"HTTP/1.1 %d %b" % (status, _REASON.get(status, "").encode())]
     lines += [b"%b: %b" % pair for pair in fields if pair[0] not in _HOP and pair[0] != b"x-kvd-request-id"]
     lines.append(b"x-kvd-request-id: " + request_id)

@@ -5,6 +5,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvd.router.proxy.answers import Answer
@@ -57,6 +58,7 @@ class House:
         self.counts: Counter[str] = Counter()
         self.draining = False
         self._clients: set[Client] = set()
+        self._empty = asyncio.Event()  # nobody is connected
         self._bodies = 0
         self._prefix = secrets.token_hex(6)
         self._number = 0
@@ -71,6 +73,8 @@ class House:
 
     def exit(self, client: Client) -> None:
         self._clients.discard(client)
+        if not self._clients:
+            self._empty.set()
 
     def reserve(self, size: int) -> bool:
         """Count bytes of bodies; False where they are too many."""
@@ -159,9 +163,11 @@ class House:
         for client in list(self._clients):
             if client.idle:
                 client.close()
-        until = self.loop.time() + within_s
-        while self._clients and self.loop.time() < until:
-            await asyncio.sleep(0.05)
+        if self._clients:
+            self._empty.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._empty.wait()
         for client in list(self._clients):
             client.cut()
         await asyncio.sleep(0)

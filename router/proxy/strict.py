@@ -1,8 +1,8 @@
 """What a client sent, taken apart strictly: one request means the same to everybody, or it is refused. Pure.
 
 llhttp and every server behind us read some bytes differently (a bare LF, a folded header, two lengths, a chunk
-extension): that difference is what request smuggling is made of. So a head must match one grammar as a whole, a body has
-exactly one way to end, and nothing of either is passed on as it came: `kvd.router.proxy.headers` writes a new head.
+extension): that difference is what request smuggling is made of. So a head must match one grammar as a whole, a body
+has exactly one way to end, and neither is passed on as it came: `kvd.router.proxy.headers` writes a new head.
 
     head  = METHOD SP /target SP HTTP/1.x CRLF  (name ":" value CRLF)*  CRLF     names: tokens; values: no CR, LF, NUL
     chunk = size-in-hex CRLF bytes CRLF                                          no extensions, no trailers

@@ -1,8 +1,8 @@
 """Connections to one worker: kept open, one request on each at a time, each answer handed on as it arrives.
 
 A connection is used again only after an answer that ended by itself and left nothing behind. One that a worker closed
-while it lay idle is noticed at once; the race that remains (a request sent into a closing connection) ends as `no_answer`,
-which the exchange may try again.
+while it lay idle is noticed at once; the race that remains (a request sent into a closing connection) ends as
+`no_answer`, which the exchange may try again.
 Never here: the meaning of an answer, retries, the client.
 """
 

@@ -1,6 +1,6 @@
 """HTTP routers under load: mock workers and a load generator in C, built at run time, and the routers between them.
 
-Each router is started on the same four mock workers. What a router costs is the CPU time of its processes, its children's
+Each router is started on the same four mock workers. What a router costs is the CPU time of its processes, children
 included, while the load was counted.
 """
 

@@ -1,8 +1,8 @@
 """What does the router cost per request and per event, and how late do tokens arrive?
 
-Four mock workers in C, a load generator in C, and between them in turn: nothing, kvd-router, sglang-router 0.3.2 (round
-robin and cache aware) and nginx where it is installed. "Per core" is the rate divided by the CPU cores that the router
-itself used; all of them share this machine with the load and the workers.
+Four mock workers in C, a load generator in C, and between them in turn: nothing, kvd-router, sglang-router 0.3.2
+(round robin and cache aware) and nginx where it is installed. "Per core" is the rate divided by the CPU cores that the
+router itself used; all of them share this machine with the load and the workers.
 
     1 KiB, 1     one connection, chat requests of 1 KiB: latency
     1 KiB, 64    64 connections: requests a second for each core
@@ -10,7 +10,8 @@ itself used; all of them share this machine with the load and the workers.
     SSE          32 streams of 400 events, as fast as they are taken: events a second for each core
     100/s x 64   64 streams of 100 events a second: from an event's sending to its arrival
 
-kvd-router chooses the least busy worker here: nothing is tokenized yet. Ratios are kvd-router over sglang-router cache aware.
+kvd-router chooses the least busy worker here: nothing is tokenized yet. Ratios are kvd-router over sglang-router cache
+aware.
 """
 
 import json
