@@ -20,6 +20,8 @@ from kvd.errors import KvdError, SettingsError
 
 SALT_FIELD = "cache_salt"
 _MIN_KEY_BYTES = 16
+# Whom a worker fetches cached pages from.
+_OURS = frozenset({"bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"})
 _decode = msgspec.json.Decoder().decode
 
 
@@ -118,6 +120,8 @@ class Tenants:
             raise Unsaltable(f"the body is not JSON: {error}") from error
         if not isinstance(request, dict):
             raise Unsaltable("the body is not a JSON object")
+        if taken := _OURS & request.keys():
+            raise Unsaltable(f"{', '.join(sorted(taken))}: only the router says where else a worker connects")
         if SALT_FIELD not in request:  # then no spelling of it is there, and what was sent stays as it is
             at = body.rindex(b"}")
             comma = b"," if request else b""

@@ -135,8 +135,22 @@ def test_before_the_first_byte_another_worker_is_asked(router: Router, workers: 
 def test_what_changes_a_worker_is_not_sent_twice(router: Router, workers: tuple[MockWorker, MockWorker]) -> None:
     for worker in workers:
         worker.set(drop=True)
-    assert router.talk(post("/flush_cache", b"", "connection: close")).startswith(b"HTTP/1.1 502 ")
+    assert router.talk(post("/close_session", b"", "connection: close")).startswith(b"HTTP/1.1 502 ")
     assert sum(len(worker.requests) for worker in workers) == 1
+
+
+def test_an_order_is_for_every_worker(router: Router, workers: tuple[MockWorker, MockWorker]) -> None:
+    reply = router.talk(post("/abort_request", {"rid": "a"}, "connection: close"))
+    said = json.loads(reply.partition(b"\r\n\r\n")[2])
+    assert {name: one["status"] for name, one in said.items()} == {worker.url: 200 for worker in workers}
+    assert [[seen["body"] for seen in worker.requests] for worker in workers] == [['{"rid": "a"}']] * 2
+    router.talk(post("/abort_request", {"rid": "b"}, "connection: close", f"x-kvd-worker: {workers[1].url}"))
+    assert [len(worker.requests) for worker in workers] == [1, 2]
+    workers[0].kill()
+    reply = router.talk(post("/flush_cache", b"", "connection: close"))
+    assert reply.startswith(b"HTTP/1.1 502 ")
+    said = json.loads(reply.partition(b"\r\n\r\n")[2])
+    assert [said[worker.url]["status"] for worker in workers] == [502, 200]
 
 
 def test_when_all_workers_are_gone_the_client_is_told_when_to_come_back(

@@ -1,4 +1,4 @@
-"""A question of the router's own to some worker: a small POST, and its JSON answer."""
+"""Small requests whose answers are collected: the router's own questions, and orders that are for every worker."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
@@ -8,77 +8,79 @@ import msgspec
 from kvd.router.proxy.headers import request_head
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Lost
-from kvd.router.steering import Busy, Incoming, Outcome
+from kvd.router.steering import Busy, Incoming, Outcome, Worker
 
 if TYPE_CHECKING:
     from kvd.router.proxy.house import House
 
-_WITHIN_S = 2.0
+_OWN_S = 2.0
 _MOST_BYTES = 16 << 20
-_FIELDS = [(b"content-type", b"application/json")]
+_JSON = [(b"content-type", b"application/json")]
 
 
 class _Collector:
     """A small answer, all of it. Implements kvd.router.proxy.upstream.Receiver."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.whole: asyncio.Future[bytes | None] = loop.create_future()  # None: no good answer
-        self._parts: list[bytes] = []
-        self._size = 0
+        self.whole: asyncio.Future[tuple[int, bytes]] = loop.create_future()  # raises Lost
+        self._status = 0
+        self._body = bytearray()
 
     def answer(
         self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
     ) -> None:
-        if status != 200:
-            self._tell(None)
-        else:
-            self.more(body, whole)
+        self._status = status
+        self.more(body, whole)
 
     def more(self, body: bytes, whole: bool) -> None:
-        self._parts.append(body)
-        self._size += len(body)
-        if self._size > _MOST_BYTES:
-            self._tell(None)
+        self._body += body
+        if self.whole.done():
+            return
+        if len(self._body) > _MOST_BYTES:
+            self.whole.set_exception(Lost("the answer is too large to collect"))
         elif whole:
-            self._tell(b"".join(self._parts))
+            self.whole.set_result((self._status, bytes(self._body)))
 
     def lost(self, why: str) -> None:
-        self._tell(None)
-
-    def _tell(self, answer: bytes | None) -> None:
         if not self.whole.done():
-            self.whole.set_result(answer)
+            self.whole.set_exception(Lost(why))
+
+
+async def tell(
+    house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float
+) -> tuple[int, bytes]:
+    """Status and body of one worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
+    connection = await house.pools[worker.name].connect()
+    collector = _Collector(house.loop)
+    keys = house.tenants.needed, house.worker_key
+    try:
+        written = request_head(head, worker.authority, len(body), request_id, *keys)
+        connection.send(head.method, written, body, collector)
+        async with asyncio.timeout(within_s):
+            return await collector.whole
+    except TimeoutError:
+        raise Lost(f"{worker.name} did not answer within {within_s:.0f} s") from None
+    finally:
+        if not collector.whole.done() or collector.whole.cancelled() or collector.whole.exception() is not None:
+            connection.abandon()
 
 
 async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
-    """What a worker answers to a JSON POST, decoded; None where there is no answer within two seconds."""
+    """What some worker answers to a JSON POST, decoded; None where there is no good answer within two seconds."""
     try:
         choice = await house.steering.choose(request, tried)
     except Busy:
         return None
     outcome: Outcome = "cancelled"
-    connection = None
-    collector = _Collector(house.loop)
     try:
-        async with asyncio.timeout(_WITHIN_S):
-            connection = await house.pools[choice.worker.name].connect()
-            head = Head("POST", request.path.encode(), 1, _FIELDS)
-            authority = choice.worker.authority
-            connection.send(
-                "POST",
-                request_head(head, authority, len(request.body), request.request_id.encode(), True, house.worker_key),
-                request.body,
-                collector,
-            )
-            said = await collector.whole
-        outcome = "answered" if said is not None else "no_answer"
-        return None if said is None else msgspec.json.decode(said)
+        head = Head("POST", request.path.encode(), 1, _JSON)
+        status, said = await tell(house, choice.worker, head, request.body, request.request_id.encode(), _OWN_S)
+        outcome = "answered"
+        return msgspec.json.decode(said) if status == 200 else None
     except Lost:
-        outcome = "unreachable"
+        outcome = "no_answer"
         return None
-    except (TimeoutError, msgspec.DecodeError):
+    except msgspec.DecodeError:
         return None
     finally:
-        if connection is not None and outcome != "answered":
-            connection.abandon()
         house.steering.finished(choice, outcome, house.loop.time())

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, cast
 
 from kvd.router.proxy.answers import Answer, plain_error
 from kvd.router.proxy.endpoints import Endpoint, error_body
+from kvd.router.proxy.everywhere import Everywhere
 from kvd.router.proxy.exchange import Exchange
 from kvd.router.proxy.headers import CONTINUE
 from kvd.router.proxy.strict import Chunks, Head, Malformed, split
+from kvd.router.steering import Incoming
 from kvd.router.tenants import Tenant
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Client(asyncio.Protocol):
         self._tenant: Tenant | None = None
         self._chunks: Chunks | None = None
         self._reserved = 0  # bytes of body counted in the house
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | Everywhere | None = None
         self._ended = False  # nothing more is read
         self._deadline = _FOREVER
         self.paused = False  # it does not take what we send
@@ -119,7 +121,17 @@ class Client(asyncio.Protocol):
             self.write(answer.whole(wrong.status, error_body(self._endpoint.dialect, wrong.status, wrong.why)))
             self.done(answer.keep)
             return
-        self._exchange = Exchange(self, self._house, head, self._endpoint, request)
+        self._exchange = self._start(head, request)
+
+    def _start(self, head: Head, request: Incoming) -> Exchange | Everywhere:
+        pools = self._house.pools
+        named = head.single.get(b"x-kvd-worker", b"").decode("latin-1")
+        if named in pools and not self._endpoint.routed:
+            return Everywhere(self, self._house, head, request, [pools[named].worker], single=True)
+        if self._endpoint.everywhere and len(pools) > 1:
+            workers = [pool.worker for pool in pools.values()]
+            return Everywhere(self, self._house, head, request, workers, single=False)
+        return Exchange(self, self._house, head, self._endpoint, request)
 
     def _admit(self, head: Head) -> None:
         """Whether this client may ask this at all, before its body is taken."""

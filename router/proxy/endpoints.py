@@ -25,6 +25,7 @@ class Endpoint:
     dialect: Dialect = "openai"
     salt: Salt = "needless"
     stream: Stream = ""
+    everywhere: bool = False  # an order to all workers
 
 
 # Read in SGLang 0.5.23: entrypoints/http_server.py; who has cache_salt: openai/protocol.py, managers/io_struct.py.
@@ -53,6 +54,14 @@ _ENDPOINTS = {
     "/health": Endpoint(public=True),
     "/ready": Endpoint(public=True),
 }
+_ORDERS = (
+    "/abort_request", "/flush_cache", "/pause_generation", "/continue_generation", "/slow_down", "/freeze_gc",
+    "/start_profile", "/stop_profile", "/set_trace_level", "/configure_logging", "/set_internal_state",
+    "/update_weights_from_disk", "/update_weight_version", "/load_lora_adapter", "/unload_lora_adapter",
+    "/release_memory_occupation", "/resume_memory_occupation", "/hicache/storage-backend/clear",
+    "/start_expert_distribution_record", "/stop_expert_distribution_record", "/dump_expert_distribution_record",
+)  # fmt: skip
+_ENDPOINTS |= dict.fromkeys(_ORDERS, Endpoint(dialect="sglang", everywhere=True))
 _OTHER = Endpoint(dialect="sglang")
 _ANTHROPIC = {
     400: "invalid_request_error",

@@ -112,6 +112,11 @@ class House:
             raise Malformed(401, "no known API key: send it as `authorization: Bearer KEY` or `x-api-key: KEY`")
         if not (known.public or tenant.admin):
             raise Malformed(403, f"{head.path} is for administrators")
+        if (named := head.single.get(b"x-kvd-worker")) is not None:
+            if known.routed:
+                raise Malformed(400, "x-kvd-worker names a worker for what does not generate")
+            if named.decode("latin-1") not in self.pools:
+                raise Malformed(404, f"x-kvd-worker: known are {', '.join(self.pools)}")
         if known.salt == "impossible" and not tenant.shared:
             raise Malformed(403, f"SGLang cannot keep tenants apart at {head.path}: it takes no cache_salt there")
         return known, tenant

@@ -24,7 +24,7 @@ _LONE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\0")  # a line end that is not CRLF
 # Twice is twice a meaning. Others may repeat: their values are a list by definition.
 _ONCE = frozenset(
     {b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"authorization"}
-    | {b"x-api-key", b"expect", b"x-kvd-request-id", b"x-kvd-timeout-s"}
+    | {b"x-api-key", b"expect", b"x-kvd-request-id", b"x-kvd-timeout-s", b"x-kvd-worker"}
 )
 
 

@@ -46,6 +46,7 @@ class Connection(asyncio.Protocol):
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
+        self._paused = False
         self._reset(b"")
 
     def _reset(self, method: bytes) -> None:
@@ -83,13 +84,15 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Take nothing more from the worker for now."""
-        if self.usable:
+        if self.usable and not self._paused:
             assert self._transport is not None
+            self._paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        if self.usable:
+        if self.usable and self._paused:
             assert self._transport is not None
+            self._paused = False
             self._transport.resume_reading()
 
     # asyncio
@@ -136,6 +139,7 @@ class Connection(asyncio.Protocol):
             receiver.more(body, whole)
         if whole:
             if self._keep and self._method != b"HEAD" and self.usable:
+                self.resume()  # its last reader may have been slow: the next one is another
                 self._pool.rest(self)
             else:
                 self.abandon()
