@@ -74,7 +74,7 @@ def test_who_leaves_no_longer_waits(router: Router, worker: MockWorker) -> None:
             eventually(lambda: waiting(router) == 1)
         eventually(lambda: waiting(router) == 0)
         assert router.talk(post("/echo", b"hi", "connection: close")).endswith(b"hi"), "what generates nothing"
-    eventually(lambda: router.metrics()['steering_running{worker="%s"}' % worker.url] == 0)
+    eventually(lambda: router.metrics()[f'steering_running{{worker="{worker.url}"}}'] == 0)
 
 
 def test_the_tenant_that_has_most_waiting_makes_room(worker: MockWorker, tmp_path: Path) -> None:

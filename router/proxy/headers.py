@@ -14,7 +14,7 @@ _HOP = frozenset(
 )
 # Ours to say, or addressed to us.
 _NOT_FORWARDED = _HOP | {b"host", b"expect", b"x-kvd-request-id", b"x-kvd-timeout-s", b"x-kvd-worker"}
-_SECRET = frozenset({b"authorization", b"x-api-key"})
+_NOT_FORWARDED_NOR_SECRET = _NOT_FORWARDED | {b"authorization", b"x-api-key"}
 _REASON = {status.value: status.phrase for status in HTTPStatus}
 Fields = Iterable[tuple[bytes, bytes]]
 
@@ -26,9 +26,9 @@ def request_head(
 
     `own_keys`: the client's key was for us and stays here. `key`: the worker's own.
     """
-    drop = _NOT_FORWARDED | head.nominated
-    if own_keys or key is not None:
-        drop |= _SECRET
+    drop = _NOT_FORWARDED_NOR_SECRET if own_keys or key is not None else _NOT_FORWARDED
+    if head.nominated:
+        drop |= head.nominated
     lines = [b"%b %b HTTP/1.1" % (head.method.encode(), head.target), b"host: " + host]
     lines += [b"%b: %b" % pair for pair in head.fields if pair[0] not in drop]
     if key is not None:

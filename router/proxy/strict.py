@@ -16,7 +16,9 @@ MAX_TARGET_BYTES = 8192
 MAX_FIELDS = 100
 _MAX_CHUNK_LINE = 16
 _REQUEST = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([\t -~\x80-\xff]*+)\r\n")
+_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t -~\x80-\xff]*+\r\n"
+_FIELDS = re.compile(rb"(?:" + _FIELD + rb")*+\r\n")
+_PAIR = re.compile(rb"([^:]++):([^\r]*+)\r\n")  # of what _FIELDS matched
 _HOST = re.compile(rb"[0-9A-Za-z.\-_:\[\]]+")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
@@ -91,14 +93,9 @@ def read(head: bytes) -> Head:
         raise Malformed(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
     if target[0] != 0x2F or b"#" in target:
         raise Malformed(400, "the target must be a path")
-    fields: list[tuple[bytes, bytes]] = []
-    at, end = line.end(), len(head) - 2
-    while at < end:
-        found = _FIELD.match(head, at)
-        if found is None:
-            raise Malformed(400, f"header {len(fields) + 1} is malformed")
-        fields.append((found[1].lower(), found[2].strip(b" \t")))
-        at = found.end()
+    if _FIELDS.fullmatch(head, line.end()) is None:
+        raise Malformed(400, "a header is malformed")
+    fields = [(name.lower(), value.strip(b" \t")) for name, value in _PAIR.findall(head, line.end(), len(head) - 2)]
     if len(fields) > MAX_FIELDS:
         raise Malformed(431, f"more than {MAX_FIELDS} headers")
     return _framed(Head(name, target, minor[0] - 0x30, fields))
@@ -107,14 +104,11 @@ def read(head: bytes) -> Head:
 def _framed(head: Head) -> Head:
     """Where its body ends and whether the connection goes on: each in one way only."""
     single = head.single
-    connection = b""
     for name, value in head.fields:
         if name in _ONCE:
             if name in single:
                 raise Malformed(400, f"header {name.decode()} is there twice")
             single[name] = value
-        elif name == b"connection":
-            connection += b"," + value.lower()
     host = single.get(b"host")
     if host is None and head.minor == 1:
         raise Malformed(400, "header host is missing")
@@ -135,9 +129,11 @@ def _framed(head: Head) -> Head:
         if expect.lower() != b"100-continue":
             raise Malformed(417, "only 100-continue can be expected")
         head.expects = head.minor == 1
-    options = frozenset(option.strip() for option in connection.split(b","))
-    head.nominated = options
-    head.keep = b"close" not in options and (head.minor == 1 or b"keep-alive" in options)
+    head.keep = head.minor == 1
+    said = [value.lower() for name, value in head.fields if name == b"connection"]
+    if said:
+        head.nominated = frozenset(option.strip() for option in b",".join(said).split(b","))
+        head.keep = b"close" not in head.nominated and (head.keep or b"keep-alive" in head.nominated)
     return head
 
 
