@@ -201,7 +201,8 @@ async def events(path: str, asked: dict[str, Any]) -> AsyncIterator[bytes]:
             yield sse(delta, "content_block_delta")
     if (asked.get("stream_options") or {}).get("include_usage"):
         usage = {"prompt_tokens": n, "completion_tokens": limit, "total_tokens": n + limit}
-        yield sse({"id": name, "object": "x", "created": 1, "model": "mock", "choices": [], "usage": usage})
+        kind = "text_completion" if path == "/v1/completions" else "chat.completion.chunk"
+        yield sse({"id": name, "object": kind, "created": 1, "model": "mock", "choices": [], "usage": usage})
     for event in closing(name):
         yield event
 

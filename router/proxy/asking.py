@@ -50,7 +50,7 @@ async def tell(
     house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float
 ) -> tuple[int, bytes]:
     """Status and body of one worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
-    connection = await house.pools[worker.name].connect()
+    connection = await house.pools[worker.name].connect(once=True)
     collector = _Collector(house.loop)
     keys = house.tenants.needed, house.worker_key
     try:

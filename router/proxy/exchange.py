@@ -135,9 +135,9 @@ class Exchange:
         self._choice = choice
         pool = self._house.pools[choice.worker.name]
         # One that lay idle may be closing: what changes a worker is not sent twice, so it is not sent there.
-        connection = pool.take_nowait() if self._may_repeat("no_answer") else None
+        once = not self._may_repeat("no_answer")
         try:
-            connection = connection or await pool.connect()
+            connection = (None if once else pool.take_nowait()) or await pool.connect(once)
         except Lost as lost:
             self._finish("unreachable")
             return "unreachable", str(lost)

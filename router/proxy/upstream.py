@@ -42,8 +42,9 @@ class Receiver(Protocol):
 class Connection(asyncio.Protocol):
     """One connection to a worker."""
 
-    def __init__(self, pool: "Pool") -> None:
+    def __init__(self, pool: "Pool", once: bool) -> None:
         self._pool = pool
+        self._once = once
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._paused = False
@@ -138,7 +139,7 @@ class Connection(asyncio.Protocol):
         elif body or whole:
             receiver.more(body, whole)
         if whole:
-            if self._keep and self._method != b"HEAD" and self.usable:
+            if self._keep and not self._once and self._method != b"HEAD" and self.usable:
                 self.resume()  # its last reader may have been slow: the next one is another
                 self._pool.rest(self)
             else:
@@ -222,13 +223,13 @@ class Pool:
                 return connection
         return None
 
-    async def connect(self) -> Connection:
-        """A new connection. Raises Lost."""
+    async def connect(self, once: bool = False) -> Connection:
+        """A new connection; `once`: for one request. Raises Lost."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self), self.worker.host, self.worker.port
+                    lambda: Connection(self, once), self.worker.host, self.worker.port
                 )
         except TimeoutError:
             raise Lost(f"{self.worker.name} did not accept a connection within {self._connect_s} s") from None
