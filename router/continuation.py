@@ -9,8 +9,8 @@ What was generated is handed over as token ids where both the request and its ev
 `output_ids` of /generate; a `prompt` of ids and `token_ids` of /v1/completions), else as text. Text is cut into tokens
 again: the same ids for what a tokenizer would write itself, not always for what a model drew.
 
-`Transcript` is fed what the client was sent, always in whole events. It reads them late and in batches: nobody dies
-most of the time.
+`Transcript` is fed what the client was sent, always in whole events. It keeps the bytes and reads them when somebody
+dies, or when they become many: most streams are never read at all.
 """
 
 import json
@@ -22,7 +22,7 @@ import msgspec
 from kvd.errors import KvdError
 from kvd.router.proxy.endpoints import Stream
 
-_FOLD_BYTES = 32 << 10
+_UNREAD_BYTES = 128 << 10  # of one stream; reading costs more than passing on
 _MOST = 4 << 20  # characters and ids kept of one stream
 _DONE = b"data: [DONE]\n\n"
 _decode = msgspec.json.Decoder().decode
@@ -74,13 +74,16 @@ class Transcript:
     def feed(self, events: bytes) -> None:
         """Whole events, as the client was sent them."""
         self._unread += events
-        if len(self._unread) > _FOLD_BYTES:
+        if len(self._unread) > _UNREAD_BYTES:
             self.read()
 
     def read(self) -> None:
         """Bring everything else up to date."""
         raw, self._unread = bytes(self._unread), bytearray()
-        for data in _payloads(raw):
+        said = list(_payloads(raw))
+        if self.whole_text:  # all is in the last of them
+            said = said[-2:]
+        for data in said:
             if data == b"[DONE]":
                 self.done = True
             elif not self.odd:

@@ -86,7 +86,7 @@ def read(head: bytes) -> Head:
         raise Malformed(400, "the request line is malformed")
     method, target, major, minor = line.groups()
     if major != b"1" or minor not in (b"0", b"1"):
-        raise Malformed(505, "HTTP/1.1 or HTTP/1.0")
+        raise Malformed(505, "only versions 1.0 and 1.1 of HTTP are spoken")
     if (name := method.decode("ascii")) not in METHODS:
         raise Malformed(405, f"method {name} is not served")
     if len(target) > MAX_TARGET_BYTES:
