@@ -24,7 +24,7 @@ from kvd.router.proxy.answers import Answer
 from kvd.router.proxy.asking import ask
 from kvd.router.proxy.endpoints import Endpoint, error_body, error_event
 from kvd.router.proxy.events import WholeEvents
-from kvd.router.proxy.headers import request_head
+from kvd.router.proxy.headers import Fields, request_head
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Connection, Lost
 from kvd.router.steering import Busy, Choice, Incoming, Outcome
@@ -180,7 +180,7 @@ class Exchange:
             self._let_go("refused", "status 503")
             return
         else:
-            self._begin(status, fields, len(body) if whole and self._head.method != "HEAD" else length)
+            self._begin(status, fields, length, len(body) if whole and self._head.method != "HEAD" else None)
         self._house.steering.first_byte(self._choice, status, self._heard)
         self._relay(body, whole)
 
@@ -196,11 +196,13 @@ class Exchange:
             self._connection.abandon()
         self._end(outcome, why)
 
-    def _begin(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> None:
-        self._answer.begin(status, fields, length)
+    def _begin(self, status: int, fields: Fields, length: int | None, known: int | None) -> None:
+        """`known`: how long the body is, where it is whole already: then it needs no chunks, unless it is a stream."""
         kind = {name: value for name, value in fields if name in (b"content-type", b"content-encoding")}
         stream = kind.get(b"content-type", b"").startswith(b"text/event-stream") and b"content-encoding" not in kind
-        if stream and length is None:
+        streamed = stream and length is None
+        self._answer.begin(status, fields, length if streamed or known is None else known)
+        if streamed:
             self._events = WholeEvents()
             if self._endpoint.stream and status == 200:
                 self._transcript = Transcript(self._endpoint.stream)
