@@ -83,26 +83,28 @@ class Transcript:
         said = list(_payloads(raw))
         if self.whole_text:  # all is in the last of them
             said = said[-2:]
+        new: list[str] = []  # joined once: a long text is not copied for each of its words
         for data in said:
             if data == b"[DONE]":
                 self.done = True
             elif not self.odd:
                 try:
-                    self._read_event(_decode(data))
+                    self._read_event(_decode(data), new)
                 except (msgspec.DecodeError, KeyError, TypeError, IndexError, AttributeError):
                     self.odd = "an event that is not understood"
-                if len(self.text) + len(self.ids or ()) > _MOST:
-                    self.odd, self.text, self.ids = "too long a text", "", None
+        self.text += "".join(new)
+        if len(self.text) + len(self.ids or ()) > _MOST:
+            self.odd, self.text, self.ids = "too long a text", "", None
 
-    def _read_event(self, event: dict[str, Any]) -> None:
+    def _read_event(self, event: dict[str, Any], new: list[str]) -> None:
         if "error" in event:
             self.odd = "an error"
         elif self.stream == "generate":
-            self._read_generated(event)
+            self._read_generated(event, new)
         else:
-            self._read_choices(event)
+            self._read_choices(event, new)
 
-    def _read_generated(self, event: dict[str, Any]) -> None:
+    def _read_generated(self, event: dict[str, Any], new: list[str]) -> None:
         meta, ids = event["meta_info"], event.get("output_ids")
         self.head.setdefault("id", meta["id"])
         count = meta["completion_tokens"]
@@ -112,14 +114,17 @@ class Transcript:
         if self.tokens and ids:  # from the second event on its length tells
             self.whole_text = len(ids) == count
         if self.whole_text is False and self.tokens:
-            self.text, self.ids = self.text + event["text"], [*(self.ids or ()), *ids]
+            new.append(event["text"])
+            self.ids = self.ids or []
+            self.ids += ids
         else:
+            new.clear()
             self.text, self.ids = event["text"], list(ids)
         if len(self.ids) != count:
             self.odd = "ids that are missing"
         self.tokens, self.finished = count, bool(meta.get("finish_reason"))
 
-    def _read_choices(self, event: dict[str, Any]) -> None:
+    def _read_choices(self, event: dict[str, Any], new: list[str]) -> None:
         for name in ("id", "created", "model", "object"):
             if name in event:
                 self.head.setdefault(name, event[name])
@@ -130,7 +135,7 @@ class Transcript:
             if delta.get("tool_calls") or delta.get("reasoning_content") or choice.get("logprobs"):
                 self.odd = "tool calls, reasoning or log probabilities"
             said = delta.get("text" if self.stream == "completions" else "content") or ""
-            self.text += said
+            new.append(said)
             ids = choice.get("token_ids")
             if ids is not None and self.ids is not None:
                 self.ids += ids
