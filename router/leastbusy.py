@@ -14,7 +14,7 @@ from kvd.router.steering import Busy, Choice, Incoming, Outcome, Worker
 
 _REST_S, _LONGEST_REST_S = 0.5, 15.0
 _GONE_AFTER = 3  # failures in a row: nobody waits for such a worker
-_FAILURES: frozenset[Outcome] = frozenset({"unreachable", "no_answer", "cut"})
+_FAILURES: frozenset[Outcome] = frozenset({"unreachable", "refused", "no_answer", "cut"})
 
 
 @dataclass(slots=True)

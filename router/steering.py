@@ -12,9 +12,9 @@ import msgspec
 
 from kvd.errors import KvdError
 
-# What became of a request at one worker: answered in full; refused before it took it; lost before the first byte of
-# an answer; its answer cut; or nobody wants it any more.
-Outcome = Literal["answered", "unreachable", "no_answer", "cut", "cancelled"]
+# What became of a request at one worker: answered in full; not taken, because no connection was to be had, or with a
+# 503; lost before the first byte of an answer; its answer cut; or nobody wants it any more.
+Outcome = Literal["answered", "unreachable", "refused", "no_answer", "cut", "cancelled"]
 
 _decode = msgspec.json.Decoder().decode
 
