@@ -27,7 +27,8 @@ class Mood:
 
     pace_s: float = 0.0  # between events
     hold: bool = False  # each event waits for a step
-    die_after: int = -1  # events; then the process is gone
+    die_after: int = -1  # events; then the connection is gone
+    exits: bool = False  # and the whole process
     torn: bool = False  # and the event after them was half sent
     status: int = 200
     drop: bool = False  # closes the connection instead of answering
@@ -123,7 +124,10 @@ class Served(asyncio.Protocol):
             if sent == MOOD.die_after:
                 if MOOD.torn:
                     self.chunk(event[: len(event) // 2])
-                os._exit(9)  # what was written is the kernel's by now: nobody here reads slowly
+                if MOOD.exits:
+                    os._exit(9)  # what was written is the kernel's by now: nobody here reads slowly
+                self.transport.close()
+                return
             self.chunk(event)
             sent += 1
         self.transport.write(b"0\r\n\r\n")
@@ -137,6 +141,8 @@ async def control(path: str, body: bytes) -> Any:
         for name, value in json.loads(body).items():
             assert hasattr(MOOD, name), name
             setattr(MOOD, name, value)
+    elif path == "/mock/reset":
+        MOOD.__dict__.update(Mood().__dict__)
     elif path == "/mock/step":
         STEPS.release()
     elif path == "/mock/forget":

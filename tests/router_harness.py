@@ -36,6 +36,11 @@ class MockWorker:
         """Let one held event go."""
         self._ask("step", {})
 
+    def reset(self) -> None:
+        """As it was at its start, and nothing seen."""
+        self._ask("reset", {})
+        self.forget()
+
     def forget(self) -> None:
         self._ask("forget", {})
 
@@ -82,7 +87,12 @@ class Router:
                 [sys.executable, "-m", "kvd.router.main", "--port", str(self.port), *arguments],
                 env=env, cwd=ROOT, stdout=log, stderr=log,
             )  # fmt: skip
-        eventually(self._ready, 20, "the router is ready")
+        try:
+            eventually(self._ready, 60, "the router is ready")
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def _ready(self) -> bool:
         assert self.process.poll() is None, f"the router ended: {self.log.read_text()}"

@@ -42,7 +42,7 @@ def test_openai_streams(client: openai.OpenAI) -> None:
 @pytest.fixture
 def dying(tmp_path: Path) -> Iterator[Router]:
     """A router whose only worker dies in the middle of its first answer."""
-    with MockWorker(die_after=4) as worker, Router(tmp_path, worker.url) as running:
+    with MockWorker(die_after=4, exits=True) as worker, Router(tmp_path, worker.url) as running:
         yield running
 
 
