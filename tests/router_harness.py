@@ -155,12 +155,12 @@ def drain(sock: socket.socket) -> bytes:
 
 def until(sock: socket.socket, ending: bytes) -> bytes:
     """What comes until these bytes have come."""
-    received = b""
-    while ending not in received:
+    received = bytearray()
+    while ending not in received[-(1 << 17) :]:
         data = sock.recv(1 << 16)
-        assert data, f"closed after {received!r}"
+        assert data, f"closed after {bytes(received)!r}"
         received += data
-    return received
+    return bytes(received)
 
 
 def post(path: str, body: object, *headers: str) -> bytes:
