@@ -182,7 +182,11 @@ def rest_of(request: Any, so_far: Transcript, counted: int | None = None) -> dic
 
 
 def needs_count(request: Any, so_far: Transcript) -> bool:
-    """Whether the tokens of the text so far must be counted first: a limit depends on them."""
+    """Whether the tokens of the text so far must be counted first: a limit depends on them.
+
+    Raises CannotContinue where no count would help.
+    """
+    rest_of(request, so_far, 0)
     limited = so_far.stream == "completions" or any(
         request.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "min_tokens")
     )

@@ -246,7 +246,7 @@ class Exchange:
             return replace(self._request, body=b"")
         if len(self._tried) >= _ATTEMPTS:
             raise CannotContinue("too many workers left")
-        counted = await self._count(so_far.text) if isinstance(asked, dict) and needs_count(asked, so_far) else None
+        counted = await self._count(so_far.text) if needs_count(asked, so_far) else None
         rest = rest_of(asked, so_far, counted)
         self._splice = Splice(so_far, counted)
         self._house.counts["continued"] += 1
