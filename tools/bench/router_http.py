@@ -39,10 +39,13 @@ def bodies(folder: Path) -> dict[str, Path]:
     """The request of each load."""
 
     def conversation(size: int, turns: int, **more: object) -> bytes:
-        text = (TURN * (size // len(TURN) + 1))[: max(1, (size - 60 * turns - 120) // turns)]
-        roles = ["user" if n % 2 == 0 else "assistant" for n in range(turns)]
-        messages = [{"role": role, "content": f"{n} {text}"} for n, role in enumerate(roles)]
-        return json.dumps({"model": "mock", **more, "messages": messages}, separators=(",", ":")).encode()
+        def written(text: str) -> bytes:
+            roles = ["user" if n % 2 == 0 else "assistant" for n in range(turns)]
+            messages = [{"role": role, "content": f"{n} {text}"} for n, role in enumerate(roles)]
+            return json.dumps({"model": "mock", **more, "messages": messages}, separators=(",", ":")).encode()
+
+        room = (size - len(written(""))) // turns
+        return written((TURN * (room // len(TURN) + 1))[:room])
 
     made = {
         "1 KiB, 1": conversation(1024, 1, max_tokens=16),
