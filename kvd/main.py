@@ -14,8 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from kvd import __version__
-from kvd.daemon import systemd
+from kvd import __version__, systemd
 from kvd.daemon.room import open_room
 from kvd.daemon.shell import Shell
 from kvd.errors import KvdError, SettingsError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd.daemon import systemd
+from kvd import systemd
 from tests.harness import Daemon
 
 ROOT = Path(__file__).parents[1]

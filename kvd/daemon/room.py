@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvd.daemon import systemd
+from kvd import systemd
 from kvd.daemon.node import Node
 from kvd.daemon.sessions import Sessions
 from kvd.errors import AlreadyRunning, SettingsError

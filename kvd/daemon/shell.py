@@ -11,8 +11,8 @@ import secrets
 import time
 from collections.abc import Callable
 
-from kvd import __version__, wire
-from kvd.daemon import operators, scratch, status, systemd
+from kvd import __version__, systemd, wire
+from kvd.daemon import operators, scratch, status
 from kvd.daemon.data import DataSocket
 from kvd.daemon.events import Events
 from kvd.daemon.lower import open_lower

@@ -1,0 +1,310 @@
+"""A stream whose worker died goes on elsewhere: what was said so far, and the request that asks for the rest. Pure.
+
+Only where the rest is what the first worker would have said (or would have drawn from the same distribution): the new
+worker is given the prompt and all that was generated, so nothing may depend on how it came about. Penalties over
+generated tokens, grammars, log probabilities, several choices, tool calls and reasoning do: such a stream ends with an
+error event. A field that is not known here is taken to matter.
+
+What was generated is handed over as token ids where both the request and its events carry them (`input_ids` and
+`output_ids` of /generate; a `prompt` of ids and `token_ids` of /v1/completions), else as text. Text is cut into tokens
+again: the same ids for what a tokenizer would write itself, not always for what a model drew.
+
+`Transcript` is fed what the client was sent, always in whole events. It keeps the bytes and reads them when somebody
+dies, or when they become many: most streams are never read at all.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from kvd.errors import KvdError
+from kvd.router.proxy.endpoints import Stream
+
+_UNREAD_BYTES = 128 << 10  # of one stream; reading costs more than passing on
+_MOST = 4 << 20  # characters and ids kept of one stream
+_DONE = b"data: [DONE]\n\n"
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+
+_ANY = object()
+# Fields that may be there, and with which value; None and absent are always fine. Everything else matters.
+_TAGS = dict.fromkeys(
+    ("rid", "priority", "extra_key", "cache_salt", "user", "routing_key", "conversation_id", "custom_labels", "model",
+     "lora_path", "stream", "stream_options", "log_metrics", "routed_dp_rank", "metadata", "store"), _ANY,
+)  # fmt: skip
+_SAMPLING = dict.fromkeys(
+    ("temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+     "spaces_between_special_tokens", "no_stop_trim", "seed", "sampling_seed", "logit_bias"), _ANY,
+) | {"n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}  # fmt: skip
+_FIELDS: Mapping[str, Mapping[str, object]] = {
+    "generate": _TAGS | dict.fromkeys(("text", "input_ids", "sampling_params"), _ANY) | {"return_logprob": False},
+    "sampling_params": _SAMPLING | dict.fromkeys(("max_new_tokens", "min_new_tokens"), _ANY),
+    "completions": _TAGS | _SAMPLING | dict.fromkeys(("prompt", "max_tokens", "min_tokens", "return_token_ids"), _ANY),
+    "chat": _TAGS | _SAMPLING | {"tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False}
+    | dict.fromkeys(
+        ("messages", "max_tokens", "max_completion_tokens", "min_tokens", "chat_template_kwargs", "reasoning_effort",
+         "separate_reasoning", "stream_reasoning", "continue_final_message"), _ANY,
+    ),
+}  # fmt: skip
+# What a request may generate when it does not say: SGLang 0.5.23, sampling_params.py and openai/protocol.py.
+_LIMIT = {"generate": ("max_new_tokens", 128), "completions": ("max_tokens", 16)}
+
+
+class CannotContinue(KvdError):
+    """The rest would not be the same. The message says what is in the way."""
+
+
+class Transcript:
+    """What one stream has said so far."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.text = ""
+        self.ids: list[int] | None = []  # None: its events do not carry them
+        self.tokens: int | None = 0  # None: only the text tells
+        self.finished = False  # it said why it ended
+        self.done = False  # and that nothing follows
+        self.odd = ""  # what makes it impossible to continue
+        self.whole_text: bool | None = None  # /generate: each event repeats the text so far; None: not to be told yet
+        self.head: dict[str, Any] = {}  # what all its events share
+        self._unread = bytearray()
+
+    def feed(self, events: bytes) -> None:
+        """Whole events, as the client was sent them."""
+        self._unread += events
+        if len(self._unread) > _UNREAD_BYTES:
+            self.read()
+
+    def read(self) -> None:
+        """Bring everything else up to date."""
+        raw, self._unread = bytes(self._unread), bytearray()
+        said = list(_payloads(raw))
+        if self.whole_text:  # all is in the last of them
+            said = said[-2:]
+        new: list[str] = []  # joined once: a long text is not copied for each of its words
+        for data in said:
+            if data == b"[DONE]":
+                self.done = True
+            elif not self.odd:
+                try:
+                    self._read_event(_decode(data), new)
+                except (msgspec.DecodeError, KeyError, TypeError, IndexError, AttributeError):
+                    self.odd = "an event that is not understood"
+        self.text += "".join(new)
+        if len(self.text) + len(self.ids or ()) > _MOST:
+            self.odd, self.text, self.ids = "too long a text", "", None
+
+    def _read_event(self, event: dict[str, Any], new: list[str]) -> None:
+        if "error" in event:
+            self.odd = "an error"
+        elif self.stream == "generate":
+            self._read_generated(event, new)
+        else:
+            self._read_choices(event, new)
+
+    def _read_generated(self, event: dict[str, Any], new: list[str]) -> None:
+        meta, ids = event["meta_info"], event.get("output_ids")
+        self.head.setdefault("id", meta["id"])
+        count = meta["completion_tokens"]
+        if ids is None or event.get("index", 0) or not isinstance(event["text"], str):
+            self.odd = "events without ids, or of several answers"
+            return
+        if self.tokens and ids:  # from the second event on its length tells
+            self.whole_text = len(ids) == count
+        if self.whole_text is False and self.tokens:
+            new.append(event["text"])
+            self.ids = self.ids or []
+            self.ids += ids
+        else:
+            new.clear()
+            self.text, self.ids = event["text"], list(ids)
+        if len(self.ids) != count:
+            self.odd = "ids that are missing"
+        self.tokens, self.finished = count, bool(meta.get("finish_reason"))
+
+    def _read_choices(self, event: dict[str, Any], new: list[str]) -> None:
+        for name in ("id", "created", "model", "object"):
+            if name in event:
+                self.head.setdefault(name, event[name])
+        for choice in event["choices"]:
+            if choice.get("index", 0):
+                self.odd = "several choices"
+            delta = choice if self.stream == "completions" else choice["delta"]
+            if delta.get("tool_calls") or delta.get("reasoning_content") or choice.get("logprobs"):
+                self.odd = "tool calls, reasoning or log probabilities"
+            said = delta.get("text" if self.stream == "completions" else "content") or ""
+            new.append(said)
+            ids = choice.get("token_ids")
+            if ids is not None and self.ids is not None:
+                self.ids += ids
+            elif said:
+                self.ids = None
+            self.finished = self.finished or bool(choice.get("finish_reason"))
+        self.tokens = None if self.ids is None else len(self.ids)
+
+    def ending(self, request: Any) -> bytes | None:
+        """What the client still misses of a stream whose text is complete; None when text is missing."""
+        self.read()
+        if self.done:
+            return b""
+        wants_usage = isinstance(request, dict) and bool((request.get("stream_options") or {}).get("include_usage"))
+        return _DONE if self.finished and not self.odd and not wants_usage else None
+
+
+def rest_of(request: Any, so_far: Transcript, counted: int | None = None) -> dict[str, Any]:
+    """The request for what is still to be said. Raises CannotContinue.
+
+    `counted`: tokens of the text so far, where `so_far.tokens` does not say; needed when `needs_count` says so.
+    """
+    so_far.read()
+    if so_far.odd:
+        raise CannotContinue(so_far.odd)
+    if not isinstance(request, dict):
+        raise CannotContinue("the request is not a JSON object")
+    _same_whatever_came_before(request, _FIELDS[so_far.stream])
+    if not so_far.text and not so_far.ids:
+        return request
+    if so_far.text.endswith("\N{REPLACEMENT CHARACTER}") and not _by_ids(request, so_far):
+        raise CannotContinue("a character is half said")
+    if so_far.stream == "generate":
+        return _rest_of_generate(request, so_far)
+    tokens = so_far.tokens if so_far.tokens is not None else counted
+    _no_stop_begun(request.get("stop"), so_far.text)
+    rest = request | _fewer(request, ("max_tokens", "max_completion_tokens", "min_tokens"), tokens)
+    if so_far.stream == "completions":
+        rest |= _fewer(
+            {"max_tokens": _LIMIT["completions"][1]} | rest, ("max_tokens",), 0 if "max_tokens" in request else tokens
+        )
+        return rest | {"prompt": _longer(request.get("prompt"), so_far)}
+    return rest | _conversation(request, so_far.text)
+
+
+def needs_count(request: Any, so_far: Transcript) -> bool:
+    """Whether the tokens of the text so far must be counted first: a limit depends on them.
+
+    Raises CannotContinue where no count would help.
+    """
+    rest_of(request, so_far, 0)
+    limited = so_far.stream == "completions" or any(
+        request.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "min_tokens")
+    )
+    return so_far.tokens is None and bool(so_far.text) and limited
+
+
+def _same_whatever_came_before(request: Mapping[str, Any], known: Mapping[str, object]) -> None:
+    for name, value in request.items():
+        harmless = known.get(name)
+        if value is not None and harmless is not _ANY and value != harmless:
+            raise CannotContinue(f"the request has {name}")
+
+
+def _by_ids(request: Mapping[str, Any], so_far: Transcript) -> bool:
+    given = request.get("input_ids" if so_far.stream == "generate" else "prompt")
+    return so_far.ids is not None and isinstance(given, list) and all(isinstance(one, int) for one in given)
+
+
+def _rest_of_generate(request: dict[str, Any], so_far: Transcript) -> dict[str, Any]:
+    sampling = request.get("sampling_params") or {}
+    if not isinstance(sampling, dict):
+        raise CannotContinue("several prompts")
+    _same_whatever_came_before(sampling, _FIELDS["sampling_params"])
+    _no_stop_begun(sampling.get("stop"), so_far.text)
+    if so_far.whole_text is None:
+        raise CannotContinue("one event does not tell whether each repeats the text")
+    name, usual = _LIMIT["generate"]
+    sampling = {name: usual} | sampling
+    sampling |= _fewer(sampling, (name, "min_new_tokens"), so_far.tokens)
+    if _by_ids(request, so_far):
+        return request | {"sampling_params": sampling, "input_ids": [*request["input_ids"], *(so_far.ids or ())]}
+    if not isinstance(request.get("text"), str):
+        raise CannotContinue("several prompts, or none")
+    return request | {"sampling_params": sampling, "text": request["text"] + so_far.text}
+
+
+def _longer(prompt: Any, so_far: Transcript) -> Any:
+    if isinstance(prompt, str):
+        return prompt + so_far.text
+    if _by_ids({"prompt": prompt}, so_far):
+        return [*prompt, *(so_far.ids or ())]
+    raise CannotContinue("several prompts, or ids without `return_token_ids`")
+
+
+def _conversation(request: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """SGLang appends the tokens of a last assistant message to the prompt as they are: serving_chat.py."""
+    messages = list(request.get("messages") or ())
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    if last.get("role") == "assistant":
+        if not request.get("continue_final_message") or not isinstance(last.get("content"), str):
+            raise CannotContinue("the conversation ends with the assistant's words")
+        messages[-1] = last | {"content": last["content"] + text}
+    else:
+        messages.append({"role": "assistant", "content": text})
+    return {"messages": messages, "continue_final_message": True}
+
+
+def _fewer(request: Mapping[str, Any], names: Iterable[str], tokens: int | None) -> dict[str, int]:
+    fewer: dict[str, int] = {}
+    for name in names:
+        if (limit := request.get(name)) is not None:
+            if tokens is None or not isinstance(limit, int):
+                raise CannotContinue(f"how much of {name} is left is not known")
+            fewer[name] = max(limit - tokens, 0 if name.startswith("min") else 1)
+    return fewer
+
+
+def _no_stop_begun(stop: Any, text: str) -> None:
+    for one in [stop] if isinstance(stop, str) else stop or []:
+        if any(text.endswith(one[:n]) for n in range(1, len(one))):
+            raise CannotContinue("a stop string may have begun")
+
+
+class Splice:
+    """The new worker's events as the rest of the old stream: same ids, one count, one text."""
+
+    def __init__(self, so_far: Transcript, counted: int | None) -> None:
+        self._stream = so_far.stream
+        self._head = dict(so_far.head)
+        self._text, self._ids = so_far.text, list(so_far.ids or ())
+        self._whole_text = so_far.whole_text
+        self._tokens = so_far.tokens if so_far.tokens is not None else counted or 0
+
+    def translate(self, events: bytes) -> bytes:
+        """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better."""
+        return b"".join(self._event(data) for data in _payloads(events))
+
+    def _event(self, data: bytes) -> bytes:
+        try:
+            event = json.loads(data)
+            shown = self._generated(event) if self._stream == "generate" else self._choices(event)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return b"data: %b\n\n" % data
+        return b"data: %b\n\n" % _encode(event) if shown else b""
+
+    def _generated(self, event: dict[str, Any]) -> bool:
+        meta = event["meta_info"]
+        meta["id"] = self._head.get("id", meta["id"])
+        meta["prompt_tokens"] -= self._tokens
+        meta["completion_tokens"] += self._tokens
+        if self._whole_text:
+            event["text"], event["output_ids"] = self._text + event["text"], self._ids + event["output_ids"]
+        return True
+
+    def _choices(self, event: dict[str, Any]) -> bool:
+        event |= {name: value for name, value in self._head.items() if name in event}
+        if usage := event.get("usage"):
+            usage["prompt_tokens"] -= self._tokens
+            usage["completion_tokens"] += self._tokens
+        for choice in event["choices"]:
+            delta = choice.get("delta")
+            if delta and delta.pop("role", None) and not any(delta.values()) and not choice.get("finish_reason"):
+                return False  # the message was opened long ago
+        return True
+
+
+def _payloads(events: bytes) -> Iterator[bytes]:
+    for event in events.replace(b"\r\n", b"\n").split(b"\n\n"):
+        data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
+        if data:
+            yield data

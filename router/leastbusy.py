@@ -1,0 +1,124 @@
+"""The simplest steering: each request to the worker that has the fewest, and a fair queue when all have enough.
+
+Knows nothing of prefixes. A worker that could not be reached, or died, rests for a moment that doubles each time.
+Who was sent to a worker before, and what does not generate, does not queue.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvd.router.queue import FairQueue
+from kvd.router.steering import Busy, Choice, Incoming, Outcome, Worker
+
+_REST_S, _LONGEST_REST_S = 0.5, 15.0
+_GONE_AFTER = 3  # failures in a row: nobody waits for such a worker
+_FAILURES: frozenset[Outcome] = frozenset({"unreachable", "refused", "no_answer", "cut"})
+
+
+@dataclass(slots=True)
+class _Load:
+    """What is known of a worker."""
+
+    worker: Worker
+    requests: int = 0
+    chosen: int = 0  # when it was chosen last, in choices: breaks ties
+    failures: int = 0  # in a row
+    rests_until: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    request: Incoming
+    turn: asyncio.Future[Choice]
+
+
+class LeastBusy:
+    """Steering by the number of requests that workers have. Implements kvd.router.steering.Steering."""
+
+    def __init__(self, workers: Sequence[Worker], most_each: int, most_waiting: int) -> None:
+        self._loads = {worker.name: _Load(worker) for worker in workers}
+        self._most_each = most_each
+        self._queue: FairQueue[_Waiting] = FairQueue(most_waiting)
+        self._choices = 0
+        self._counts: Counter[str] = Counter()
+
+    async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        others = [load for load in self._loads.values() if load.worker.name not in tried]
+        awake = [load for load in others if load.rests_until <= now]
+        if tried or not request.routed:
+            if not awake:
+                raise self._busy("no other worker can be reached", 1.0)
+            return self._take(awake, request)
+        if not self._queue and (free := [load for load in awake if load.requests < self._most_each]):
+            return self._take(free, request)
+        if not awake and all(load.failures >= _GONE_AFTER for load in others):
+            raise self._busy("no worker can be reached", max(1.0, min(load.rests_until for load in others) - now))
+        return await self._wait(_Waiting(request, loop.create_future()))
+
+    async def _wait(self, waiting: _Waiting) -> Choice:
+        request = waiting.request
+        ticket = self._queue.push(waiting, request.tenant, request.weight, request.priority, request.deadline)
+        if (loser := self._queue.surplus()) is not None:
+            self._refuse(loser.item, "too many requests wait", bool(loser.tenant))
+        try:
+            return await waiting.turn
+        except asyncio.CancelledError:
+            if not self._queue.remove(ticket) and not waiting.turn.cancelled() and waiting.turn.exception() is None:
+                self.finished(waiting.turn.result(), "cancelled", asyncio.get_running_loop().time())
+            raise
+
+    def _take(self, among: Sequence[_Load], request: Incoming) -> Choice:
+        load = min(among, key=lambda load: (load.requests, load.chosen))
+        self._choices += 1
+        load.requests += 1
+        load.chosen = self._choices
+        return Choice(request, load.worker)
+
+    def _wake(self, now: float) -> None:
+        while self._queue:
+            free = [one for one in self._loads.values() if one.rests_until <= now and one.requests < self._most_each]
+            ticket = self._queue.pop(now) if free else None
+            if ticket is None:
+                return
+            if not ticket.item.turn.done():
+                ticket.item.turn.set_result(self._take(free, ticket.item.request))
+
+    def _refuse(self, waiting: _Waiting, why: str, own_share: bool = False) -> None:
+        if not waiting.turn.done():
+            waiting.turn.set_exception(self._busy(why, 2.0, own_share))
+
+    def _busy(self, why: str, retry_after_s: float, own_share: bool = False) -> Busy:
+        self._counts["busy"] += 1
+        return Busy(why, retry_after_s, own_share)
+
+    def sent(self, choice: Choice, now: float) -> None:
+        pass
+
+    def first_byte(self, choice: Choice, status: int, now: float) -> None:
+        self._loads[choice.worker.name].failures = 0
+
+    def progressed(self, choice: Choice, received: bytes, now: float) -> None:
+        pass
+
+    def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
+        load = self._loads[choice.worker.name]
+        load.requests -= 1
+        self._counts[outcome] += 1
+        if outcome in _FAILURES:
+            load.rests_until = now + min(_REST_S * 2**load.failures, _LONGEST_REST_S)
+            load.failures = min(load.failures + 1, 10)
+        self._wake(now)
+
+    def tick(self, now: float) -> None:
+        for ticket in self._queue.expired(now):
+            self._refuse(ticket.item, "no worker was free in time")
+        self._wake(now)
+
+    def describe(self) -> dict[str, float]:
+        numbers: dict[str, float] = {"waiting": len(self._queue)}
+        numbers |= {f'running{{worker="{name}"}}': load.requests for name, load in self._loads.items()}
+        return numbers | {f'outcomes{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}

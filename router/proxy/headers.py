@@ -1,0 +1,64 @@
+"""Heads that we write: a request's for the worker, a response's for the client. Pure.
+
+What is meant for one connection alone stays on it (RFC 9110, 7.6.1); how long a body is we say ourselves, once.
+"""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from kvd.router.proxy.strict import Head
+
+_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te"}
+    | {b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
+)
+# Ours to say, or addressed to us.
+_NOT_FORWARDED = _HOP | {b"host", b"expect", b"x-kvd-request-id", b"x-kvd-timeout-s", b"x-kvd-worker"}
+_NOT_FORWARDED_NOR_SECRET = _NOT_FORWARDED | {b"authorization", b"x-api-key"}
+_REASON = {status.value: status.phrase for status in HTTPStatus}
+Fields = Iterable[tuple[bytes, bytes]]
+
+
+def request_head(
+    head: Head, host: bytes, length: int, request_id: bytes, own_keys: bool, key: bytes | None = None
+) -> bytes:
+    """What the worker at `host` gets before `length` bytes of body.
+
+    `own_keys`: the client's key was for us and stays here. `key`: the worker's own.
+    """
+    drop = _NOT_FORWARDED_NOR_SECRET if own_keys or key is not None else _NOT_FORWARDED
+    if head.nominated:
+        drop |= head.nominated
+    lines = [b"%b %b HTTP/1.1" % (head.method.encode(), head.target), b"host: " + host]
+    lines += [b"%b: %b" % pair for pair in head.fields if pair[0] not in drop]
+    if key is not None:
+        lines.append(b"authorization: Bearer " + key)
+    if length or head.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"content-length: %d" % length)
+    lines.append(b"x-kvd-request-id: " + request_id)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def response_head(
+    status: int, fields: Fields, request_id: bytes, length: int | None, chunked: bool, keep: bool
+) -> bytes:
+    """What the client gets first. `length` None and not `chunked`: no body, or one that ends with the connection."""
+    lines = [b"HTTP/1.1 %d %b" % (status, _REASON.get(status, "").encode())]
+    lines += [b"%b: %b" % pair for pair in fields if pair[0] not in _HOP and pair[0] != b"x-kvd-request-id"]
+    lines.append(b"x-kvd-request-id: " + request_id)
+    if chunked:
+        lines.append(b"transfer-encoding: chunked")
+    elif length is not None:
+        lines.append(b"content-length: %d" % length)
+    if not keep:
+        lines.append(b"connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def framed(body: bytes) -> bytes:
+    """One chunk; nothing for no bytes, because an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -1,0 +1,202 @@
+"""What an operator can set of the router. Frozen; unknown keys are refused; nothing is corrected silently.
+
+Read, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/router.toml if it is there), the environment
+(`KVD_ROUTER_LISTEN__PORT=...`), the command line. Read once, in `main`.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kvd.errors import SettingsError
+from kvd.router.proxy.house import Limits
+from kvd.router.steering import Worker
+from kvd.router.tenants import Tenants
+
+DEFAULT_FILE = Path("/etc/kvd/router.toml")
+_PREFIX = "KVD_ROUTER_"
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+MIB = 1 << 20
+
+
+class ListenSettings(BaseModel):
+    """Where clients connect."""
+
+    model_config = _STRICT
+
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine's")
+    port: int = Field(30080, ge=0, le=65535, description="0: any that is free, said in the log")
+    processes: int = Field(1, ge=1, le=64, description="processes that share the port; each chooses for itself")
+    clients: int = Field(4096, ge=1, description="connections at once, of each process")
+
+
+class LimitSettings(BaseModel):
+    """What one request may take. Beyond it: 408, 413, 431, 503."""
+
+    model_config = _STRICT
+
+    head_bytes: int = Field(32 << 10, ge=1024, le=MIB, description="of all headers of a request")
+    body_bytes: int = Field(64 * MIB, ge=1024, description="of a request's body; images are sent in it")
+    bodies_bytes: int = Field(512 * MIB, ge=1024, description="of all bodies at once, of each process")
+    head_s: float = Field(10.0, gt=0, description="for all headers to arrive")
+    body_s: float = Field(60.0, gt=0, description="for all of the body to arrive")
+    idle_s: float = Field(75.0, gt=0, description="how long a connection stays open between requests")
+    send_s: float = Field(60.0, gt=0, description="how long a client may not read what it asked for")
+    silence_s: float = Field(600.0, gt=0, description="how long a worker may say nothing before it counts as lost")
+    connect_s: float = Field(2.0, gt=0, description="for a worker to accept a connection")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LimitSettings":
+        if self.body_bytes > self.bodies_bytes:
+            raise ValueError("bodies_bytes must hold at least one body")
+        return self
+
+
+class QueueSettings(BaseModel):
+    """What happens when all workers are busy."""
+
+    model_config = _STRICT
+
+    each: int = Field(256, ge=1, description="requests a worker is given at once; more wait here, where shares count")
+    waiting: int = Field(1024, ge=0, description="requests that may wait; then 503, or 429 for who has most waiting")
+    seconds: float = Field(
+        30.0, gt=0, description="how long a request waits at most; x-kvd-timeout-s may ask for less"
+    )
+
+
+class TenantSettings(BaseModel):
+    """API keys."""
+
+    model_config = _STRICT
+
+    keys_file: Path | None = Field(None, description="TOML, one [NAME] per tenant; unset: no key is needed")
+    secret_file: Path | None = Field(None, description="what tenants' salts are made of; the same for all routers")
+
+
+class RouterSettings(BaseSettings):
+    """Settings of `kvd-router`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    workers: list[str] = Field([], description="SGLang servers: http://HOST:PORT each")
+    worker_key_file: Path | None = Field(None, description="the workers' --api-key; unset: they need none")
+    listen: ListenSettings = ListenSettings()
+    limits: LimitSettings = LimitSettings()
+    queue: QueueSettings = QueueSettings()
+    tenants: TenantSettings = TenantSettings()
+    drain_s: float = Field(60.0, ge=0, le=3600, description="how long a clean stop waits for answers in progress")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
+
+    @field_validator("workers")
+    @classmethod
+    def _are_urls(cls, workers: list[str]) -> list[str]:
+        for url in workers:
+            worker_at(url)
+        if len(set(workers)) < len(workers):
+            raise ValueError("a worker is there twice")
+        return workers
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> "RouterSettings":
+        if not self.workers:
+            raise ValueError('workers: at least one is needed, for instance ["http://127.0.0.1:30000"]')
+        return self
+
+    def read_workers(self) -> dict[str, Worker]:
+        """By name."""
+        return {worker.name: worker for worker in map(worker_at, self.workers)}
+
+    def read_limits(self) -> Limits:
+        return Limits(clients=self.listen.clients, queue_s=self.queue.seconds, **self.limits.model_dump())
+
+    def read_tenants(self) -> Tenants:
+        """From the files. Raises SettingsError."""
+        secret = _read(self.tenants.secret_file).strip() if self.tenants.secret_file else b""
+        if self.tenants.keys_file is None:
+            return Tenants([], secret)
+        try:
+            sections = tomllib.loads(_read(self.tenants.keys_file).decode())
+        except ValueError as error:
+            raise SettingsError(f"{self.tenants.keys_file} is not TOML: {error}", "fix that line") from error
+        if not sections:
+            raise SettingsError(f"{self.tenants.keys_file} names no tenant", "then nobody could use the router")
+        return Tenants.read(sections, secret)
+
+    def read_worker_key(self) -> bytes | None:
+        return _read(self.worker_key_file).strip() if self.worker_key_file else None
+
+
+def worker_at(url: str) -> Worker:
+    """The worker at this URL, which is its name. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError(f"{url}: a worker is http://HOST:PORT")
+    return Worker(url.rstrip("/"), parts.hostname, parts.port or 80)
+
+
+def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:
+    """Read file and environment; `given` wins over both. Raises SettingsError naming the key and the remedy."""
+    values: dict[str, Any] = {}
+    if file is None and DEFAULT_FILE.exists():
+        file = DEFAULT_FILE
+    if file is not None:
+        try:
+            values = tomllib.loads(_read(file).decode())
+        except ValueError as error:
+            raise SettingsError(f"{file} is not TOML: {error}", "fix that line") from error
+    known = _known_variables()
+    for name in environ:
+        if name.startswith(_PREFIX) and name not in known:
+            raise SettingsError(f"unknown environment variable {name}", f"known are {', '.join(sorted(known))}")
+    for name in known & environ.keys():
+        _drop(values, name.removeprefix(_PREFIX).lower().split("__"))  # the environment wins over the file
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            values[name] = {**values.get(name, {}), **value}
+        else:
+            values[name] = value
+    try:
+        return RouterSettings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        source = f"{file} or the environment" if file else "the environment or the command line"
+        raise SettingsError(f"{where}: {first['msg']}", f"correct it in {source}") from error
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"cannot read {file}: {error.strerror}", "check the path and its permissions") from error
+
+
+def _known_variables() -> set[str]:
+    names: set[str] = set()
+    for name, field in RouterSettings.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names |= {f"{_PREFIX}{name}__{key}".upper() for key in inner.model_fields}
+        else:
+            names.add(f"{_PREFIX}{name}".upper())
+    return names
+
+
+def _drop(values: dict[str, Any], path: list[str]) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values.pop(path[-1], None)

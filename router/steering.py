@@ -1,0 +1,107 @@
+"""How the proxy asks where a request goes, and tells what became of it. The interface; see leastbusy for a simple one.
+
+The proxy calls `choose` once, and once more for each worker that failed it; then `sent`, `first_byte`, `progressed` in
+this order as they happen, and `finished` exactly once for every choice, whatever happens. Notices neither block nor
+raise. Times are those of the event loop's clock, in seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from kvd.errors import KvdError
+
+# What became of a request at one worker: answered in full; not taken, because no connection was to be had, or with a
+# 503; lost before the first byte of an answer; its answer cut; or nobody wants it any more.
+Outcome = Literal["answered", "unreachable", "refused", "no_answer", "cut", "cancelled"]
+
+_decode = msgspec.json.Decoder().decode
+
+
+class Busy(KvdError):
+    """No worker can take the request now. `own_share`: its tenant has more waiting than others (429, else 503)."""
+
+    def __init__(self, message: str, retry_after_s: float, own_share: bool = False) -> None:
+        super().__init__(message, f"try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+        self.own_share = own_share
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Where an SGLang server listens. `name` is what operators, logs and choices call it."""
+
+    name: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> bytes:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".encode()
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A whole request. `body` is what the worker will get, the tenant's salt included."""
+
+    request_id: str
+    method: str
+    path: str  # without the query
+    fields: list[tuple[bytes, bytes]]  # names in lower case
+    body: bytes
+    tenant: str  # "" where nobody needs a key
+    weight: float  # the tenant's share of the queue
+    priority: int  # the tenant's; higher first
+    arrived: float
+    deadline: float  # by when it must have been sent to a worker
+    routed: bool  # which worker answers matters: it generates
+    _json: Any = field(default=msgspec.UNSET, repr=False)
+
+    @property
+    def json(self) -> Any:
+        """The body, decoded at the first look; None when it is not JSON, or nothing."""
+        if self._json is msgspec.UNSET:
+            try:
+                self._json = _decode(self.body)
+            except (msgspec.DecodeError, RecursionError):
+                self._json = None
+        return self._json
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One worker for one request. `note` is the steering's own business."""
+
+    request: Incoming
+    worker: Worker
+    note: Any = None
+
+
+class Steering(Protocol):
+    """Chooses workers. Used by one event loop."""
+
+    async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
+        """The best worker whose name is not in `tried`, as soon as one may take it. Raises Busy.
+
+        May be cancelled while it waits: then no choice was made and `finished` is not called.
+        """
+
+    def sent(self, choice: Choice, now: float) -> None:
+        """The worker was sent the whole request."""
+
+    def first_byte(self, choice: Choice, status: int, now: float) -> None:
+        """The worker began to answer."""
+
+    def progressed(self, choice: Choice, received: bytes, now: float) -> None:
+        """More of the answer's body, as it came. Not kept: look at it now or never."""
+
+    def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
+        """The worker has nothing to do for this request any more."""
+
+    def tick(self, now: float) -> None:
+        """A moment passed: about four times a second."""
+
+    def describe(self) -> dict[str, float]:
+        """Numbers for /kvd/metrics, by name."""

@@ -1,0 +1,297 @@
+"""A worker that generates nothing but counts: for tests of the router, which is what is tested. A process of its own.
+
+    python -m tests.mock_worker        prints its port, serves until killed
+
+Its model writes one word for each token, and which one follows from all words before it: after `n` words comes
+` w<n+1>`, after the token id `i` comes `i + 1`. So a stream that went on elsewhere reads as if nothing had happened
+only if the second worker was given everything. Events and answers have the shape of SGLang 0.5.23.
+
+`POST /mock/set` changes how it behaves (see `Mood`), `/mock/step` lets one held event go, `/mock/seen` tells what
+came: every request in full, the bytes of every connection, how many answers nobody wanted any more.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httptools
+import uvloop
+
+
+@dataclass
+class Mood:
+    """How it behaves."""
+
+    pace_s: float = 0.0  # between events
+    hold: bool = False  # each event waits for a step
+    die_after: int = -1  # events; then the connection is gone
+    exits: bool = False  # and the whole process
+    torn: bool = False  # and the event after them was half sent
+    status: int = 200
+    drop: bool = False  # closes the connection instead of answering
+    incremental: bool = False  # /generate: each event has the new text only
+    silent: bool = False  # takes requests and never answers
+
+
+@dataclass
+class Seen:
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    connections: list[bytearray] = field(default_factory=list)
+    cancelled: int = 0
+
+
+MOOD, SEEN = Mood(), Seen()
+STEPS = asyncio.Semaphore(0)
+
+
+class Served(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.raw = bytearray()
+        self.parser = httptools.HttpRequestParser(self)
+        self.task: asyncio.Task[None] | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.target, self.headers, self.body = b"", [], bytearray()  # type: ignore[var-annotated]
+
+    def data_received(self, data: bytes) -> None:
+        self.raw += data
+        if not self.raw.startswith((b"POST /mock/", b"GET /mock/")) and self.raw not in SEEN.connections:
+            SEEN.connections.append(self.raw)
+        self.parser.feed_data(data)
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append([name.decode("latin-1"), value.decode("latin-1")])
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        method, path, body = self.parser.get_method().decode(), self.target.decode(), bytes(self.body)
+        if not path.startswith("/mock/"):
+            SEEN.requests.append(
+                {"method": method, "target": path, "headers": self.headers, "body": body.decode("latin-1")}
+            )
+        self._fresh()
+        self.task = asyncio.get_running_loop().create_task(self.answer(method, path, body))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.task is not None and not self.task.done():
+            SEEN.cancelled += 1
+            self.task.cancel()
+
+    async def answer(self, method: str, path: str, body: bytes) -> None:
+        if path.startswith("/mock/"):
+            self.send(200, json.dumps(await control(path, body)).encode())
+            return
+        if MOOD.drop:
+            self.transport.abort()
+            return
+        if MOOD.silent:
+            await asyncio.sleep(3600)
+        if MOOD.status != 200:
+            self.send(MOOD.status, b'{"error":"as told"}')
+            return
+        asked = json.loads(body) if body.startswith(b"{") else {}
+        if path == "/tokenize":
+            self.send(200, json.dumps({"tokens": [], "count": len(asked["prompt"].split())}).encode())
+        elif path == "/echo":
+            self.send(200, body)
+        elif path not in SHAPES:
+            self.send(200, json.dumps({"path": path, "method": method}).encode())
+        elif not asked.get("stream"):
+            self.send(200, json.dumps(whole(path, asked)).encode())
+        else:
+            await self.stream(path, asked)
+
+    def send(self, status: int, body: bytes) -> None:
+        head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+        self.transport.write(head + body)
+
+    async def stream(self, path: str, asked: dict[str, Any]) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-from: mock\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        sent = 0
+        async for event in events(path, asked):
+            if sent == MOOD.die_after:
+                if MOOD.torn:
+                    self.chunk(event[: len(event) // 2])
+                if MOOD.exits:
+                    os._exit(9)  # what was written is the kernel's by now: nobody here reads slowly
+                self.transport.close()
+                return
+            self.chunk(event)
+            sent += 1
+        self.transport.write(b"0\r\n\r\n")
+
+    def chunk(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+async def control(path: str, body: bytes) -> Any:
+    if path == "/mock/set":
+        for name, value in json.loads(body).items():
+            assert hasattr(MOOD, name), name
+            setattr(MOOD, name, value)
+    elif path == "/mock/reset":
+        MOOD.__dict__.update(Mood().__dict__)
+    elif path == "/mock/step":
+        STEPS.release()
+    elif path == "/mock/forget":
+        SEEN.requests.clear()
+        SEEN.connections.clear()
+        SEEN.cancelled = 0
+    return {
+        "requests": SEEN.requests,
+        "connections": [raw.decode("latin-1") for raw in SEEN.connections],
+        "cancelled": SEEN.cancelled,
+    }
+
+
+def words(path: str, asked: dict[str, Any]) -> tuple[int, int, list[int] | None]:
+    """Words of the prompt, tokens to generate, and the prompt's ids where it is made of ids."""
+    if path == "/generate":
+        prompt = asked.get("input_ids") or asked["text"]
+        limit = asked.get("sampling_params", {}).get("max_new_tokens", 128)
+    elif path == "/v1/completions":
+        prompt, limit = asked["prompt"], asked.get("max_tokens", 16)
+    else:
+        prompt = " ".join(str(message["content"]) for message in asked["messages"])
+        limit = asked.get("max_tokens") or asked.get("max_completion_tokens") or 8
+    if isinstance(prompt, list):
+        return prompt[-1], limit, prompt
+    return len(prompt.split()), limit, None
+
+
+async def events(path: str, asked: dict[str, Any]) -> AsyncIterator[bytes]:
+    n, limit, _ = words(path, asked)
+    name = f"mock-{os.getpid()}"
+    text, ids = "", []
+    opening, closing = SHAPES[path]
+    for event in opening(name):
+        yield event
+    for count in range(1, limit + 1):
+        if MOOD.hold:
+            await STEPS.acquire()
+        else:
+            await asyncio.sleep(MOOD.pace_s)
+        ids.append(n + count)
+        word = f" w{n + count}"
+        text += word
+        reason = "length" if count == limit else None
+        if path == "/generate":
+            shown, shown_ids = (word, ids[-1:]) if MOOD.incremental else (text, ids)
+            meta = {"id": name, "finish_reason": {"type": "length"} if reason else None}
+            meta |= {"prompt_tokens": n, "completion_tokens": count}
+            yield sse({"text": shown, "output_ids": shown_ids, "meta_info": meta})
+        elif path == "/v1/completions":
+            choice: dict[str, Any] = {"index": 0, "text": word, "logprobs": None, "finish_reason": reason}
+            if asked.get("return_token_ids"):
+                choice["token_ids"] = [n + count]
+            yield sse({"id": name, "object": "text_completion", "created": 1, "model": "mock", "choices": [choice]})
+        elif path == "/v1/chat/completions":
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": reason}
+            yield sse(
+                {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "mock", "choices": [choice]}
+            )
+        else:
+            delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+            yield sse(delta, "content_block_delta")
+    if (asked.get("stream_options") or {}).get("include_usage"):
+        usage = {"prompt_tokens": n, "completion_tokens": limit, "total_tokens": n + limit}
+        kind = "text_completion" if path == "/v1/completions" else "chat.completion.chunk"
+        yield sse({"id": name, "object": kind, "created": 1, "model": "mock", "choices": [], "usage": usage})
+    for event in closing(name):
+        yield event
+
+
+def sse(event: Any, kind: str = "") -> bytes:
+    return (f"event: {kind}\n" if kind else "").encode() + b"data: %b\n\n" % json.dumps(event).encode()
+
+
+def _chat_opening(name: str) -> list[bytes]:
+    choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    return [sse({"id": name, "object": "chat.completion.chunk", "created": 1, "model": "mock", "choices": [choice]})]
+
+
+def _message_opening(name: str) -> list[bytes]:
+    usage = {"input_tokens": 1, "output_tokens": 0}
+    message = {"id": name, "type": "message", "role": "assistant", "content": [], "model": "mock", "usage": usage}
+    message |= {"stop_reason": None, "stop_sequence": None}
+    block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    return [sse({"type": "message_start", "message": message}, "message_start"), sse(block, "content_block_start")]
+
+
+def _message_closing(name: str) -> list[bytes]:
+    delta = {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": {"output_tokens": 1}}
+    return [
+        sse({"type": "content_block_stop", "index": 0}, "content_block_stop"),
+        sse(delta, "message_delta"),
+        sse({"type": "message_stop"}, "message_stop"),
+    ]
+
+
+def _done(name: str) -> list[bytes]:
+    return [b"data: [DONE]\n\n"]
+
+
+SHAPES = {
+    "/generate": (lambda name: [], _done),
+    "/v1/completions": (lambda name: [], _done),
+    "/v1/chat/completions": (_chat_opening, _done),
+    "/v1/messages": (_message_opening, _message_closing),
+}
+
+
+def whole(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    n, limit, _ = words(path, asked)
+    text = "".join(f" w{n + count}" for count in range(1, limit + 1))
+    usage = {"prompt_tokens": n, "completion_tokens": limit, "total_tokens": n + limit}
+    if path == "/generate":
+        return {
+            "text": text,
+            "output_ids": [],
+            "meta_info": {"id": "mock", "finish_reason": {"type": "length"}} | usage,
+        }
+    if path == "/v1/messages":
+        return {
+            "id": "mock", "type": "message", "role": "assistant", "model": "mock", "stop_reason": "max_tokens",
+            "content": [{"type": "text", "text": text}], "usage": {"input_tokens": n, "output_tokens": limit},
+        }  # fmt: skip
+    if path == "/v1/completions":
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
+        return {
+            "id": "mock",
+            "object": "text_completion",
+            "created": 1,
+            "model": "mock",
+            "choices": [choice],
+            "usage": usage,
+        }
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+    return {
+        "id": "mock",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "mock",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+async def main() -> None:
+    server = await asyncio.get_running_loop().create_server(Served, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

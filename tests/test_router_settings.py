@@ -1,0 +1,85 @@
+"""The router's settings: what is wrong is named with its remedy, before anybody is served."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvd.errors import SettingsError
+from kvd.router.settings import load_router_settings
+from tests.harness import eventually
+from tests.router_harness import MockWorker, Router, post
+
+WORKERS = "workers = ['http://127.0.0.1:30000']\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", "at least one"),
+        ("workers = ['127.0.0.1:30000']", "http://HOST:PORT"),
+        ("workers = ['https://a']", "http://HOST:PORT"),
+        ("workers = ['http://a:1', 'http://a:1']", "twice"),
+        (WORKERS + "drain = 5", "drain"),
+        (WORKERS + "[listen]\nprocesses = 0", "listen.processes"),
+        (WORKERS + "[limits]\nbody_bytes = 2000\nbodies_bytes = 1024", "bodies_bytes must"),
+        ("= 5", "not TOML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, names: str) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_router_settings(file, {}, {})
+    assert names in str(caught.value)
+    assert caught.value.hint
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(WORKERS + "drain_s = 1\n[listen]\nport = 1\nprocesses = 2\nclients = 9")
+    monkeypatch.setenv("KVD_ROUTER_LISTEN__PORT", "2")
+    monkeypatch.setenv("KVD_ROUTER_LISTEN__PROCESSES", "3")
+    environ = {"KVD_ROUTER_LISTEN__PORT": "2", "KVD_ROUTER_LISTEN__PROCESSES": "3"}
+    settings = load_router_settings(file, environ, {"listen": {"port": 4}})
+    assert (settings.listen.port, settings.listen.processes, settings.listen.clients) == (4, 3, 9)
+
+
+def test_an_unknown_variable_is_refused() -> None:
+    with pytest.raises(SettingsError, match="KVD_ROUTER_PORT"):
+        load_router_settings(None, {"KVD_ROUTER_PORT": "5"}, {})
+
+
+def test_the_router_itself_ends_with_78_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvd.router.main", "--worker", "http://127.0.0.1:1", "--host", "192.0.2.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 78
+    assert "192.0.2.1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_key_is_hashed_without_being_an_argument() -> None:
+    command = [sys.executable, "-m", "kvd.router.main", "--hash-key"]
+    done = subprocess.run(command, input="secret\n", capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n"
+
+
+def test_one_process_that_dies_takes_the_others_along(tmp_path: Path) -> None:
+    """systemd starts all of them anew: none is missed for long, and none serves unwatched."""
+    with MockWorker() as worker:
+        router = Router(tmp_path, worker.url, listen__processes=3)
+        try:
+            children = eventually(lambda: psutil.Process(router.process.pid).children(), 5)
+            eventually(lambda: router.log.read_text().count("serves") == 3)
+            assert router.talk(post("/echo", b"hi", "connection: close")).endswith(b"hi")
+            children[0].send_signal(signal.SIGKILL)
+            assert router.process.wait(10) == 1
+            assert not any(child.is_running() for child in children)
+        finally:
+            router.process.kill()
+            router.process.wait()
