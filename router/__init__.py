@@ -1,1 +1,1 @@
-"""The router's room. Nothing lives here yet; ARCHITECTURE.md says what will."""
+"""The router: sends every request where it is answered soonest, and can say why. See ARCHITECTURE.md."""

@@ -1,0 +1,238 @@
+"""What every worker has to do: what was sent there and not finished, set right by what the engine says. Pure.
+
+A worker prefills prompts in the order in which they were sent. The router knows each moment of its own requests; of
+others' (another router's, a client's that goes there directly) it knows what the engine reports. A report was made at
+some moment, so it is compared with what was known of that moment:
+
+    others = reported - ours, as of then            what is there now = ours now + others
+
+When the engine has done more of ours than we have heard of, `others` is negative, and counts only against requests
+that it may be about: those sent since the report are all there.
+
+Always true: nothing is ever below zero; a request is counted at one worker; `MOST_LEFT` departures are remembered, a
+report that is older than those is worth as much as they tell. Times are the caller's clock, reports' too.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Final, NamedTuple
+
+from kvd.router.work import NO_WORK, Work
+
+MOST_LEFT: Final = 512  # departures per worker, for reports that are older than them
+STALE_REPORT_S: Final = 15.0  # SGLang publishes at least once a second
+SLICE_S: Final = 0.25  # of uninterrupted prefill make an observation
+
+
+class Load(NamedTuple):
+    """One worker, now."""
+
+    queued: Work = NO_WORK  # sent and not prefilled
+    head: Work = NO_WORK  # of the next that will have its first token
+    head_s: float = 0.0  # for how long that has been computed
+    running: int = 0  # have their first token, not their last
+    context_tokens: int = 0  # of those
+    free_tokens: int | None = None  # room for KV that nothing in progress claims; None: never reported
+
+    @property
+    def requests(self) -> int:
+        return self.queued.prompts + self.running
+
+
+class Report(NamedTuple):
+    """What an engine says of itself: `/v1/loads`, or what it publishes. Absent figures are None."""
+
+    made_at: float
+    running: int
+    waiting: int
+    waiting_tokens: int  # that must be computed
+    used_tokens: int  # of KV memory, cached prefixes that may leave not counted
+    most_tokens: int
+
+
+class Served(NamedTuple):
+    """So much prefill took the worker so long, with nothing in between."""
+
+    work: Work
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Flight:
+    worker: str
+    sent_at: float
+    tokens: int  # prompt and answer so far
+    work: Work
+    first_at: float | None = None
+
+
+class _Left(NamedTuple):
+    flight: _Flight
+    at: float
+
+
+class _Others(NamedTuple):
+    """What the engine reported more than was known; less, below zero."""
+
+    waiting: int
+    tokens: int
+    running: int
+
+
+@dataclass(slots=True)
+class _Worker:
+    waiting: OrderedDict[str, _Flight] = field(default_factory=OrderedDict)
+    queued: Work = NO_WORK
+    running: int = 0
+    context: int = 0
+    since: float = 0.0  # the head is being computed
+    slice_work: Work = NO_WORK
+    slice_s: float = 0.0
+    flights: dict[str, _Flight] = field(default_factory=dict)
+    left: deque[_Left] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
+    report: Report | None = None
+    others: _Others = _Others(0, 0, 0)
+
+
+class ActiveLoad:
+    """What is where. One for a router."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, _Worker] = {}
+        self._flights: dict[str, _Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    # -- our own requests ---------------------------------------------------------------------------------
+
+    def sent(self, request: str, worker: str, tokens: int, cached: int, now: float) -> None:
+        """A prompt is on its way; `cached` of its tokens should be there already. An id that is known moves."""
+        self.finished(request, now)
+        there = self._workers.setdefault(worker, _Worker())
+        flight = _Flight(worker, now, tokens, Work.of(tokens, cached))
+        if not there.waiting:
+            there.since = now
+        self._flights[request] = there.flights[request] = there.waiting[request] = flight
+        there.queued = there.queued.plus(flight.work)
+
+    def first_token(self, request: str, now: float, cached: int | None = None) -> Served | None:
+        """Its prefill is over, and the engine may have said how much was cached.
+
+        Now and then that says how fast the worker is.
+        """
+        flight = self._flights.get(request)
+        if flight is None or flight.first_at is not None:
+            return None
+        there = self._workers[flight.worker]
+        self._no_longer_waits(request, flight, there)
+        flight.first_at = now
+        there.running += 1
+        there.context += flight.tokens
+        there.slice_work = there.slice_work.plus(flight.work if cached is None else Work.of(flight.tokens, cached))
+        there.slice_s += now - there.since
+        there.since = now
+        if there.slice_s < SLICE_S and there.waiting:
+            return None
+        served = Served(there.slice_work, there.slice_s)
+        there.slice_work, there.slice_s = NO_WORK, 0.0
+        return served
+
+    def progressed(self, request: str, tokens: int) -> None:
+        """So many more tokens of the answer came."""
+        flight = self._flights.get(request)
+        if flight is not None:
+            flight.tokens += tokens
+            if flight.first_at is not None:
+                self._workers[flight.worker].context += tokens
+
+    def finished(self, request: str, now: float) -> None:
+        """It is over, whatever became of it."""
+        flight = self._flights.pop(request, None)
+        if flight is None:
+            return
+        there = self._workers[flight.worker]
+        del there.flights[request]
+        if flight.first_at is None:
+            self._no_longer_waits(request, flight, there)
+            there.slice_work, there.slice_s, there.since = NO_WORK, 0.0, now
+        else:
+            there.running -= 1
+            there.context -= flight.tokens
+        there.left.append(_Left(flight, now))
+
+    def forget(self, worker: str) -> None:
+        """The worker has gone, and what was there with it."""
+        there = self._workers.pop(worker, None)
+        for request in there.flights if there is not None else ():
+            del self._flights[request]
+
+    # -- what the engine says -----------------------------------------------------------------------------
+
+    def reported(self, worker: str, report: Report) -> None:
+        """One that is older than the last is not heard."""
+        there = self._workers.setdefault(worker, _Worker())
+        if there.report is not None and report.made_at <= there.report.made_at:
+            return
+        there.report = report
+        waiting = tokens = running = 0
+        for flight in _present(there, report.made_at):
+            if flight.first_at is None or flight.first_at > report.made_at:
+                waiting += 1
+                tokens += flight.work.tokens
+            else:
+                running += 1
+        there.others = _Others(report.waiting - waiting, report.waiting_tokens - tokens, report.running - running)
+
+    def at(self, worker: str, now: float) -> Load:
+        """A worker that nobody has heard of is idle."""
+        there = self._workers.get(worker)
+        if there is None:
+            return Load()
+        head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
+        load = Load(there.queued, head, now - there.since if there.waiting else 0.0, there.running, there.context)
+        report = there.report
+        if report is None or now - report.made_at > STALE_REPORT_S:
+            return load
+        return _corrected(load, there, report)
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _no_longer_waits(request: str, flight: _Flight, there: _Worker) -> None:
+        del there.waiting[request]
+        there.queued = there.queued.minus(flight.work) if there.waiting else NO_WORK
+
+
+def _present(there: _Worker, at: float) -> Iterator[_Flight]:
+    """Our requests that were at the worker at that moment."""
+    yield from (flight for flight in there.flights.values() if flight.sent_at <= at)
+    yield from (left.flight for left in there.left if left.flight.sent_at <= at < left.at)
+
+
+def _corrected(load: Load, there: _Worker, report: Report) -> Load:
+    """What is ours since the report is certain; the rest is what the engine said, less what has ended since."""
+    others, queued = there.others, load.queued
+    new, new_running, taken = NO_WORK, 0, 0
+    for flight in takewhile(lambda flight: flight.sent_at > report.made_at, reversed(there.flights.values())):
+        taken += flight.tokens
+        if flight.first_at is None:
+            new = new.plus(flight.work)
+        else:
+            new_running += 1
+    for left in takewhile(lambda left: left.at > report.made_at, reversed(there.left)):
+        if left.flight.sent_at <= report.made_at:
+            taken -= left.flight.tokens
+    prompts = max(new.prompts, queued.prompts + others.waiting)
+    tokens = max(new.tokens, queued.tokens + others.tokens)
+    known = queued.pairs / queued.tokens if queued.tokens else tokens / max(1, prompts) / 2
+    running = max(new_running, load.running + others.running)
+    each = report.used_tokens / max(1, report.running + report.waiting)
+    return load._replace(
+        queued=Work(prompts, tokens, tokens * known),
+        running=running,
+        context_tokens=max(0, load.context_tokens + round(each * (running - load.running))),
+        free_tokens=min(report.most_tokens, max(0, report.most_tokens - report.used_tokens - taken)),
+    )
