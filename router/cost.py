@@ -1,13 +1,18 @@
 """What it costs to send a request to one worker, in seconds of somebody's waiting. Pure.
 
-    ttft      queue_s     what is before it there
-            + room_s      until there is KV memory for it
-            + load_s      of what is in tiers below the GPU, as far as that beats computing it
-            + compute_s   of the rest
-    others  + interval_s  what the mean token interval of those that run there, and its own, grows by
-            + later_s     how much later those get their first token who come while this worker is busy
+    its first token   queue_s     what is before it there
+                    + room_s      until there is KV memory for it
+                    + load_s      of what is in tiers below the GPU, as far as that beats computing it
+                    + compute_s   of the rest
+    token intervals + interval_s  its own, and what those of the requests that run there grow by
+    later requests  + later_s     how much later they get their first token
 
-Everything is in seconds that some request waits longer, so nothing is weighed by hand.
+Every request has one first token and one mean interval between the others, and all of this is seconds that one of
+these grows by: nothing is weighed by hand.
+
+`later_s`: work that is added somewhere in an evenly loaded fleet delays everybody who comes before the fleet is idle
+again, so what it costs is the work (over the workers) times the arrivals until then. The fleet is idle when its backlog
+is gone at the speed that arriving work leaves for it.
 """
 
 from typing import NamedTuple
@@ -28,6 +33,30 @@ class Prefix(NamedTuple):
     compute_s: float
 
 
+class Busy(NamedTuple):
+    """The whole fleet: requests that arrive per second and worker, work per second of a worker, backlog per worker."""
+
+    workers: int
+    arrivals_per_s: float
+    load: float  # below 1.0
+    backlog_s: float
+
+
+class Cost(NamedTuple):
+    """Seconds, as above."""
+
+    queue_s: float
+    room_s: float
+    load_s: float
+    compute_s: float
+    interval_s: float
+    later_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.room_s + self.load_s + self.compute_s
+
+
 def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     """Where to stop loading and start computing, so that both together take least.
 
@@ -36,7 +65,7 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     covered, load_s = max(matched.gpu, matched.expected), 0.0
     best = Prefix(covered, 0.0, rates.prefill_s(Work.of(tokens, covered)))
     for tier in _TIERS:
-        there = getattr(matched, tier)
+        there: int = getattr(matched, tier)
         if there <= covered:
             continue
         load_s += rates.load_s(tier, there - covered)
@@ -50,3 +79,42 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
 def queue_s(load: Load, rates: Rates) -> float:
     """Until all prompts that are before a new one are computed."""
     return max(0.0, rates.prefill_s(load.queued) - min(load.head_s, rates.prefill_s(load.head)))
+
+
+def room_s(tokens: int, load: Load, rates: Rates) -> float:
+    """Until those that run have left room for `tokens` more and their answer, and for all that wait before."""
+    if load.free_tokens is None or not load.running:
+        return 0.0
+    short = tokens + rates.answer_tokens - load.free_tokens
+    if short <= 0:
+        return 0.0
+    answer_s = rates.answer_tokens * rates.interval_s(load.running, load.context_tokens)
+    return short * answer_s / max(1, load.context_tokens)
+
+
+def interval_s(tokens: int, compute_s: float, load: Load, rates: Rates) -> float:
+    """Its own mean interval, and what others' grow by: longer steps, and the pause while its prompt is computed."""
+    others = load.running + load.queued.prompts
+    context = load.context_tokens + load.queued.tokens
+    now, then = rates.interval_s(others, context), rates.interval_s(others + 1, context + tokens)
+    return then + others * (then - now) + load.running * compute_s / rates.answer_tokens
+
+
+def later_s(work_s: float, busy: Busy) -> float:
+    """What later requests wait for this work."""
+    idle_in_s = (busy.backlog_s + work_s / busy.workers / 2) / (1.0 - busy.load)
+    return work_s * busy.arrivals_per_s * idle_in_s
+
+
+def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
+    """Of a prompt of so many tokens at one worker."""
+    there = prefix(tokens, matched, rates)
+    work_s = there.load_s + there.compute_s
+    return Cost(
+        queue_s(load, rates),
+        room_s(tokens - there.cached, load, rates),
+        there.load_s,
+        there.compute_s,
+        interval_s(tokens, there.compute_s, load, rates),
+        later_s(work_s, busy),
+    )

@@ -6,8 +6,8 @@ some moment, so it is compared with what was known of that moment:
 
     others = reported - ours, as of then            what is there now = ours now + others
 
-When the engine has done more of ours than we have heard of, `others` is negative, and counts only against requests
-that it may be about: those sent since the report are all there.
+When the engine has computed more of ours than we have heard of (part of a long prompt, or a first token is on its way
+to us), that is taken off the prompts that are first in line, and forgotten with them.
 
 Always true: nothing is ever below zero; a request is counted at one worker; `MOST_LEFT` departures are remembered, a
 report that is older than those is worth as much as they tell. Times are the caller's clock, reports' too.
@@ -34,7 +34,7 @@ class Load(NamedTuple):
     head_s: float = 0.0  # for how long that has been computed
     running: int = 0  # have their first token, not their last
     context_tokens: int = 0  # of those
-    free_tokens: int | None = None  # room for KV that nothing in progress claims; None: never reported
+    free_tokens: int | None = None  # of KV memory when all that waits is in; below zero: some wait for it
 
     @property
     def requests(self) -> int:
@@ -73,12 +73,15 @@ class _Left(NamedTuple):
     at: float
 
 
-class _Others(NamedTuple):
-    """What the engine reported more than was known; less, below zero."""
+@dataclass(slots=True)
+class _Others:
+    """What a report says beside what was known: of others' requests, and how far the engine is ahead with ours."""
 
-    waiting: int
-    tokens: int
-    running: int
+    waiting: int = 0
+    tokens: int = 0
+    running: int = 0  # below zero: ours have ended, and we have not heard of it
+    ahead: int = 0  # of ours that wait, as far as we know, the first have their first token
+    ahead_tokens: int = 0  # of theirs and the next are computed
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ class _Worker:
     flights: dict[str, _Flight] = field(default_factory=dict)
     left: deque[_Left] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
     report: Report | None = None
-    others: _Others = _Others(0, 0, 0)
+    others: _Others = field(default_factory=_Others)
 
 
 class ActiveLoad:
@@ -184,7 +187,10 @@ class ActiveLoad:
                 tokens += flight.work.tokens
             else:
                 running += 1
-        there.others = _Others(report.waiting - waiting, report.waiting_tokens - tokens, report.running - running)
+        more, more_tokens = report.waiting - waiting, report.waiting_tokens - tokens
+        there.others = _Others(
+            max(0, more), max(0, more_tokens), report.running - running, max(0, -more), max(0, -more_tokens)
+        )
 
     def at(self, worker: str, now: float) -> Load:
         """A worker that nobody has heard of is idle."""
@@ -204,6 +210,13 @@ class ActiveLoad:
     def _no_longer_waits(request: str, flight: _Flight, there: _Worker) -> None:
         del there.waiting[request]
         there.queued = there.queued.minus(flight.work) if there.waiting else NO_WORK
+        others = there.others
+        if there.report is None or flight.sent_at > there.report.made_at:
+            return
+        others.ahead_tokens = max(0, others.ahead_tokens - flight.work.tokens)
+        if others.ahead:
+            others.ahead -= 1
+            others.running -= 1
 
 
 def _present(there: _Worker, at: float) -> Iterator[_Flight]:
@@ -213,26 +226,34 @@ def _present(there: _Worker, at: float) -> Iterator[_Flight]:
 
 
 def _corrected(load: Load, there: _Worker, report: Report) -> Load:
-    """What is ours since the report is certain; the rest is what the engine said, less what has ended since."""
-    others, queued = there.others, load.queued
-    new, new_running, taken = NO_WORK, 0, 0
+    """What is ours and sent since the report is certain; the rest is what the engine said, less what has ended since."""
+    others, queued, head, head_s = there.others, load.queued, load.head, load.head_s
+    running, taken, ahead = 0, 0, others.ahead_tokens
     for flight in takewhile(lambda flight: flight.sent_at > report.made_at, reversed(there.flights.values())):
-        taken += flight.tokens
-        if flight.first_at is None:
-            new = new.plus(flight.work)
-        else:
-            new_running += 1
+        if flight.first_at is not None:
+            running += 1
+            taken += flight.tokens
     for left in takewhile(lambda left: left.at > report.made_at, reversed(there.left)):
-        if left.flight.sent_at <= report.made_at:
+        if left.flight.sent_at <= report.made_at and left.flight.first_at is not None:
             taken -= left.flight.tokens
-    prompts = max(new.prompts, queued.prompts + others.waiting)
-    tokens = max(new.tokens, queued.tokens + others.tokens)
-    known = queued.pairs / queued.tokens if queued.tokens else tokens / max(1, prompts) / 2
-    running = max(new_running, load.running + others.running)
+    for flight in there.waiting.values():
+        head = flight.work.rest(ahead)
+        queued = queued.minus(flight.work).plus(head)
+        ahead -= flight.work.tokens - head.tokens
+        if head.tokens or flight.sent_at > report.made_at:
+            break
+    if there.waiting and there.since < report.made_at:  # what was done before is not waiting any more
+        head_s -= report.made_at - there.since
+    if others.tokens:
+        each = others.tokens / max(1, others.waiting)
+        queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * each / 2))
+    running = max(running, load.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
     return load._replace(
-        queued=Work(prompts, tokens, tokens * known),
+        queued=queued,
+        head=head,
+        head_s=head_s,
         running=running,
         context_tokens=max(0, load.context_tokens + round(each * (running - load.running))),
-        free_tokens=min(report.most_tokens, max(0, report.most_tokens - report.used_tokens - taken)),
+        free_tokens=min(report.most_tokens, report.most_tokens - report.used_tokens - taken - queued.tokens),
     )

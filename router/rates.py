@@ -4,6 +4,8 @@
     decode   step_s + request_s * running + context_s * tokens in their contexts: seconds between a request's tokens
     load     latency_s + byte_s * bytes, per tier
 
+and how long answers are.
+
 The priors are a 30-billion model's on four H100: right in shape for any dense transformer on any machine, and only the
 shape lasts beyond the first observations. Workers of one model on equal machines may share one `Rates`.
 """
@@ -14,6 +16,8 @@ from kvd.router.regression import Regression
 from kvd.router.work import Work
 
 PREFILL: Final = (0.01, 3e-5, 5e-10)
+ANSWER_TOKENS: Final = 256.0
+_ANSWERS: Final = 128  # that count for the mean
 DECODE: Final = (0.01, 2e-5, 3e-8)
 LOAD: Final = {"ram": (0.001, 1 / 10e9), "nvme": (0.005, 1 / 2e9), "shared": (0.02, 1 / 1e9)}
 
@@ -25,6 +29,8 @@ class Rates:
         self.token_bytes = token_bytes
         self.prefill = Regression(PREFILL)
         self.decode = Regression(DECODE)
+        self.answer_tokens = ANSWER_TOKENS  # of a mean answer
+        self._answers = 0
         self.loads = {tier: Regression(prior) for tier, prior in LOAD.items()}
 
     def prefill_s(self, work: Work) -> float:
@@ -45,6 +51,11 @@ class Rates:
     def decoded(self, running: int, context_tokens: float, seconds: float) -> None:
         """So long between two tokens."""
         self.decode.observe((1.0, running, context_tokens), seconds)
+
+    def answered(self, tokens: int) -> None:
+        """An answer was so long."""
+        self._answers = min(_ANSWERS, self._answers + 1)
+        self.answer_tokens += (max(1, tokens) - self.answer_tokens) / self._answers
 
     def loaded(self, tier: str, tokens: int, seconds: float) -> None:
         """So many tokens' KV came in so long."""

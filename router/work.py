@@ -41,5 +41,13 @@ class Work(NamedTuple):
             max(0.0, self.pairs - other.pairs),
         )
 
+    def rest(self, done: int) -> "Work":
+        """Of one prompt, when `done` of its tokens have been computed."""
+        left = max(0, self.tokens - done)
+        if not left:
+            return NO_WORK
+        cached = self.pairs / self.tokens - self.tokens / 2
+        return Work(self.prompts, left, left * (cached + self.tokens - left / 2))
+
 
 NO_WORK = Work()

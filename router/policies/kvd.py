@@ -1,50 +1,61 @@
-"""experiment"""
+"""The default: least expected waiting, the request's own and everybody else's, in seconds. Pure.
+
+See kvd.router.cost for what is counted. Who costs the same is told apart by free KV memory, then by rendezvous hashing of
+the prompt's first block: equal prompts meet, different ones spread, and nobody is first in every list.
+"""
+
 from collections.abc import Callable, Sequence
-import math, os
+from math import exp
+from typing import Final
+
 import xxhash
-from kvd.router.cost import prefix, queue_s
+
+from kvd.router.cost import Busy, Cost, cost, queue_s
 from kvd.router.policies.choice import Candidate, Choice, Scored, by_cost
 from kvd.router.rates import Rates
 from kvd.router.work import Request
 
-X = dict(kv.split('=') for kv in os.environ.get('KX', '').split(',') if kv)
+_MEMORY_S: Final = 30.0  # how long arrivals count for the fleet's load
+_FULL: Final = 0.95  # a fleet that gets more than it can do catches up some day
+
 
 class Kvd:
+    """`rates` gives what is known of a worker."""
+
     name = "kvd"
+
     def __init__(self, rates: Callable[[str], Rates]) -> None:
         self._rates = rates
-        self.t = 0.0; self.n = 0.0; self.w = 0.0
-        self.T = float(X.get('T', 30))
+        self._arrivals = 0.0  # recent ones, counted less the older they are
+        self._work_s = 0.0  # theirs
+        self._at = 0.0
 
-    def choose(self, request, candidates, now):
-        N = len(candidates)
-        decay = math.exp(-(now - self.t) / self.T); self.t = now
-        self.n = self.n * decay + 1; self.w *= decay
-        rows = []
-        for each in candidates:
-            r = self._rates(each.worker)
-            p = prefix(request.tokens, each.matched, r)
-            q = queue_s(each.load, r)
-            rows.append((each, r, p, q))
-        lam = self.n / self.T / N
-        rho = min(self.w / self.T / N, float(X.get('cap', 0.95)))
-        mean_q = sum(q for *_, q in rows) / N
-        mode = X.get('mode', 'greedy'); 
-        scored = []
-        for each, r, p, q in rows:
-            x = p.load_s + p.compute_s
-            ttft = q + x
-            later = 0.0
-            if mode == 'own': later = lam * x * (2 * q + x) / (2 * (1 - rho))
-            elif mode == 'pool': later = lam * x * (2 * mean_q + x / N) / (2 * (1 - rho))
-            elif mode == 'fixed': later = float(X['k']) * x
-            elif mode == 'lam': later = lam * x * float(X.get('H', 10))
-            elif mode == 'mix': later = lam * x * (q + mean_q + x) / (2 * (1 - rho))
-            run = each.load.running
-            inter = 0.0
-            if X.get('itl'):
-                inter = (r.interval_s(run + 1, each.load.context_tokens + request.tokens) * (run + 1) - r.interval_s(run, each.load.context_tokens) * run) + run * x / float(X['itl'])
-            scored.append(Scored(each, ttft + later + inter, dict(queue_s=q, load_s=p.load_s, compute_s=p.compute_s, later_s=later, interval_s=inter)))
-        c = by_cost(self.name, scored, lambda s: (-(s.candidate.load.free_tokens or 0), -xxhash.xxh3_64_intdigest(s.candidate.worker + request.id)))
-        self.w += c.winner.terms['load_s'] + c.winner.terms['compute_s']
-        return c
+    def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
+        busy = self._busy(candidates, now)
+        choice = by_cost(
+            self.name,
+            [self._score(request, each, busy) for each in candidates],
+            lambda each: (-(each.candidate.load.free_tokens or 0), -_draw(request, each.candidate.worker)),
+        )
+        terms = choice.winner.terms
+        self._work_s += terms["load_s"] + terms["compute_s"]
+        return choice
+
+    def _score(self, request: Request, each: Candidate, busy: Busy) -> Scored:
+        terms: Cost = cost(request.tokens, each.matched, each.load, self._rates(each.worker), busy)
+        return Scored(each, sum(terms), terms._asdict(), terms.ttft_s)
+
+    def _busy(self, candidates: Sequence[Candidate], now: float) -> Busy:
+        fading = exp(min(0.0, self._at - now) / _MEMORY_S)
+        self._at = now
+        self._arrivals = self._arrivals * fading + 1.0
+        self._work_s *= fading
+        workers = len(candidates)
+        backlog_s = sum(queue_s(each.load, self._rates(each.worker)) for each in candidates) / workers
+        share = _MEMORY_S * workers
+        return Busy(workers, self._arrivals / share, min(_FULL, self._work_s / share), backlog_s)
+
+
+def _draw(request: Request, worker: str) -> int:
+    first = request.chain[0] if request.chain else request.id
+    return xxhash.xxh3_64_intdigest(f"{worker} {first}".encode())

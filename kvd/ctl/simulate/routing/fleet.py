@@ -98,6 +98,7 @@ class Fleet:
             if job.output > 1:
                 each = (job.ended_at - job.first_at) / (job.output - 1)
                 self._rates.decoded(load.running, load.context_tokens, each)
+            self._rates.answered(job.output)
             self._load.finished(str(job.number), now)
         if changes.stored or changes.removed:
             self._news.append((now + EVENT_LAG_S, number, changes))
