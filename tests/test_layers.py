@@ -18,6 +18,11 @@ PURE = (
     "kvd.storage.nvme.slots", "kvd.storage.nvme.sizeclass", "kvd.storage.nvme.reopen",
     "kvd.storage.policy", "kvd.storage.reuse", "kvd.storage.sketch", "kvd.storage.quota",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
+    "kvd.ctl.simulate.routing.engine", "kvd.ctl.simulate.routing.radix", "kvd.ctl.simulate.routing.worker",
+    "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
+    "kvd.router.index", "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",
+    "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
+    "kvd.router.policies.kvd", "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}
@@ -32,7 +37,7 @@ MAY = {
     "sidecar": {CORE, "sidecar"},
     "router": {CORE, "router"},
     "planner": {CORE, "planner"},
-    "ctl": {CORE, "ctl", "settings", "storage"},
+    "ctl": {CORE, "ctl", "settings", "storage", "router"},
     "settings": {CORE},
     "main": {CORE, "daemon", "settings"},
 }

@@ -85,7 +85,7 @@ def test_others_requests_are_what_a_report_has_more_than_ours() -> None:
     load.sent("b", "w", 500, 0, now=2.5)
     now = load.at("w", 3.0)
     assert (now.queued.prompts, now.queued.tokens, now.running) == (4, 4500, 2)
-    assert now.free_tokens == 10_000 - 6000 - 500
+    assert now.free_tokens == 10_000 - 6000 - 4000 - 500  # who waits will take room too
     load.first_token("a", 3.0)
     now = load.at("w", 3.0)
     assert (now.queued.prompts, now.queued.tokens, now.running) == (3, 3500, 3)
@@ -100,9 +100,20 @@ def test_an_engine_that_is_ahead_of_what_we_heard_is_believed_about_what_it_had(
     assert (now.queued.prompts, now.queued.tokens, now.running) == (1, 300, 1)
     load.first_token("a", 2.6)
     now = load.at("w", 2.6)
-    assert (now.queued.prompts, now.queued.tokens, now.running) == (1, 300, 2)  # until the next report says 1
-    load.reported("w", report(3.0, running=1, waiting=1, tokens=300))
-    assert load.at("w", 3.0).running == 1
+    assert (now.queued.prompts, now.queued.tokens, now.running) == (1, 300, 1)
+
+
+def test_a_long_prompt_that_is_half_computed_waits_for_its_other_half_only() -> None:
+    load = ActiveLoad()
+    load.sent("a", "w", 100_000, 0, now=1.0)
+    load.sent("b", "w", 50_000, 0, now=1.5)
+    load.reported("w", report(3.0, waiting=2, tokens=80_000))
+    there = load.at("w", 3.25)
+    assert there.queued.tokens == 80_000
+    assert there.head == Work(1, 30_000, 30_000 * 85_000)
+    assert there.head_s == 0.25  # since the report
+    load.first_token("a", 4.0)
+    assert load.at("w", 4.0).queued == Work.of(50_000, 0)  # what was done of the first says nothing of the second
 
 
 def test_a_late_report_is_compared_with_its_own_moment() -> None:

@@ -1,4 +1,4 @@
-"""Modelled workers behind the production router's own code, in virtual time. Pure: chance comes from a seed.
+"""Modelled workers behind the production router's own code, in virtual time. Pure: chance arrives as an argument.
 
 Arrivals, steps of workers and events happen in the order of their times. The router hears of stored and removed blocks
 `EVENT_LAG_S` after they happened and of loads once a second; first and last tokens it sees at once, they are its own.
@@ -8,7 +8,6 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
 from typing import Final
 
 from kvd.ctl.simulate.routing.engine import Engine
@@ -17,9 +16,8 @@ from kvd.ctl.simulate.routing.worker import Changes, Job, Worker
 from kvd.ctl.simulate.traces import Prompt
 from kvd.router.index import Index
 from kvd.router.load import ActiveLoad, Report
-from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, RoundRobin
-from kvd.router.policies.baselines import Random as AtRandom
-from kvd.router.policies.choice import Candidate, Matched, Policy
+from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
+from kvd.router.policies.choice import Candidate, Draw, Matched, Policy
 from kvd.router.policies.kvd import Kvd
 from kvd.router.predicted import Predicted
 from kvd.router.rates import Rates
@@ -28,26 +26,25 @@ from kvd.router.work import Request
 EVENT_LAG_S: Final = 0.02
 REPORT_EVERY_S: Final = 1.0
 
-_Make = Callable[[Random, Rates], Policy]
-POLICIES: Final[Mapping[str, _Make]] = {
-    "kvd": lambda chance, rates: Kvd(lambda worker: rates),
-    "lmetric": lambda chance, rates: Lmetric(chance.random),
-    "dynamo": lambda chance, rates: Dynamo(chance.random),
-    "cache_aware": lambda chance, rates: CacheAware(),
-    "round_robin": lambda chance, rates: RoundRobin(),
-    "random": lambda chance, rates: AtRandom(chance.random),
+POLICIES: Final[Mapping[str, Callable[[Draw, Rates], Policy]]] = {
+    "kvd": lambda draw, rates: Kvd(lambda worker: rates),
+    "lmetric": lambda draw, rates: Lmetric(draw),
+    "dynamo": lambda draw, rates: Dynamo(draw),
+    "cache_aware": lambda draw, rates: CacheAware(),
+    "round_robin": lambda draw, rates: RoundRobin(),
+    "random": lambda draw, rates: Random(draw),
 }
 
 
 @dataclass(slots=True)
 class Fleet:
-    """`workers` alike; `policy` is one of POLICIES."""
+    """`workers` alike, and one `Rates` for them; `policy` is one of POLICIES."""
 
     engine: Engine
     block_tokens: int
     workers: int
     policy: str
-    seed: int = 0
+    draw: Draw
     jobs: list[Job] = field(default_factory=list)
     intervals: Spread = field(default_factory=Spread)
     members: list[Worker] = field(init=False)
@@ -64,7 +61,7 @@ class Fleet:
     def __post_init__(self) -> None:
         self.members = [Worker(self.engine, self.block_tokens, self.intervals) for _ in range(self.workers)]
         self._names = [f"worker{number}" for number in range(self.workers)]
-        self._policy = POLICIES[self.policy](Random(self.seed), self._rates)
+        self._policy = POLICIES[self.policy](self.draw, self._rates)
 
     def replay(self, prompts: Sequence[Prompt], scale: float = 1.0) -> None:
         """Every prompt at its time multiplied by `scale`, to the last token."""

@@ -54,6 +54,11 @@ class _Step:
     decodes: int = 0
 
 
+def room(tokens: int, output: int, named: int, block_tokens: int) -> int:
+    """Blocks that a request takes; the trace may name one more than its tokens fill."""
+    return max(named, ceil((tokens + output) / block_tokens))
+
+
 @dataclass(slots=True)
 class Worker:
     """`arrive` and `run` are told the time; `until` says when `run` is due."""
@@ -86,10 +91,6 @@ class Worker:
     def free_tokens(self) -> int:
         """Room that nothing in progress claims."""
         return (self._radix.capacity - self._radix.claimed) * self.block_tokens
-
-    def need(self, job: Job) -> int:
-        """Blocks for all of it."""
-        return max(len(job.chain), ceil((job.tokens + job.output) / self.block_tokens))
 
     def arrive(self, job: Job, now: float) -> None:
         """Line up; a run of decode steps ends with the one in progress, when there is room for the prompt."""
@@ -149,7 +150,7 @@ class Worker:
         """Look the prefix up, and take room for the rest."""
         found = self._radix.match(job.chain)
         self._radix.hold(job.chain, found)
-        private = self.need(job) - found
+        private = room(job.tokens, job.output, len(job.chain), self.block_tokens) - found
         gone = self._radix.take(private)
         if gone is None:
             self._radix.let_go(job.chain, found)
