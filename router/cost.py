@@ -5,7 +5,8 @@
                     + load_s      of what is in tiers below the GPU, as far as that beats computing it
                     + compute_s   of the rest
     token intervals + interval_s  its own, and what those of the requests that run there grow by
-    later requests  + later_s     how much later they get their first token
+    others' first   + step_s      how much longer the prompts wait that are computed in the same step
+                    + later_s     how much later those who come get theirs
 
 Every request has one first token and one mean interval between the others, and all of this is seconds that one of
 these grows by: nothing is weighed by hand.
@@ -22,6 +23,7 @@ from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
 from kvd.router.work import Work
 
+X = {}
 _TIERS = ("ram", "nvme", "shared")  # the nearest first
 
 
@@ -50,6 +52,7 @@ class Cost(NamedTuple):
     load_s: float
     compute_s: float
     interval_s: float
+    step_s: float
     later_s: float
 
     @property
@@ -100,6 +103,21 @@ def interval_s(tokens: int, compute_s: float, load: Load, rates: Rates) -> float
     return then + others * (then - now) + load.running * compute_s / rates.answer_tokens
 
 
+def step_s(tokens: int, load: Load, rates: Rates) -> float:
+    """What the prompts in line lose that will share a step with `tokens` more: all of a step end with it.
+
+    Steps are filled from the first in line; the one in progress cannot grow any more.
+    """
+    waiting, chunk = load.queued, rates.chunk_tokens
+    if not waiting.tokens:
+        return 0.0
+    starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
+    behind = waiting.tokens - (min(chunk, load.head.tokens) if load.head_s > starts_s else 0)
+    last = behind % chunk
+    mates = (waiting.prompts - (behind < waiting.tokens)) * last / max(1, behind)
+    return mates * rates.prefill_s(Work.of(min(tokens, chunk - last), 0))
+
+
 def later_s(work_s: float, busy: Busy) -> float:
     """What later requests wait for this work."""
     idle_in_s = (busy.backlog_s + work_s / busy.workers / 2) / (1.0 - busy.load)
@@ -116,5 +134,6 @@ def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) ->
         there.load_s,
         there.compute_s,
         interval_s(tokens, there.compute_s, load, rates),
-        later_s(work_s, busy),
+        step_s(tokens - there.cached, load, rates) if X.get("step","1")=="1" else 0.0,
+        later_s(work_s, busy) * float(X.get('later', 1)),
     )

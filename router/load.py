@@ -23,7 +23,9 @@ from kvd.router.work import NO_WORK, Work
 
 MOST_LEFT: Final = 512  # departures per worker, for reports that are older than them
 STALE_REPORT_S: Final = 15.0  # SGLang publishes at least once a second
-SLICE_S: Final = 0.25  # of uninterrupted prefill make an observation
+# A step may hold the end of one prompt and the start of the next, so prefill is measured from idle to idle, or for so
+# long that the ends weigh little.
+SLICE_S: Final = 4.0
 
 
 class Load(NamedTuple):

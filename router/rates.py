@@ -16,6 +16,7 @@ from kvd.router.regression import Regression
 from kvd.router.work import Work
 
 PREFILL: Final = (0.01, 3e-5, 5e-10)
+CHUNK_TOKENS: Final = 8192
 ANSWER_TOKENS: Final = 256.0
 _ANSWERS: Final = 128  # that count for the mean
 DECODE: Final = (0.01, 2e-5, 3e-8)
@@ -23,10 +24,12 @@ LOAD: Final = {"ram": (0.001, 1 / 10e9), "nvme": (0.005, 1 / 2e9), "shared": (0.
 
 
 class Rates:
-    """Seconds for what a worker may have to do. `token_bytes`: of one token's KV, all ranks together."""
+    """Seconds for what a worker may have to do. `token_bytes`: of one token's KV, all ranks together;
+    `chunk_tokens`: that a prefill step takes at most, the worker's `chunked_prefill_size`."""
 
-    def __init__(self, token_bytes: int = 0) -> None:
+    def __init__(self, token_bytes: int = 0, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self.token_bytes = token_bytes
+        self.chunk_tokens = chunk_tokens
         self.prefill = Regression(PREFILL)
         self.decode = Regression(DECODE)
         self.answer_tokens = ANSWER_TOKENS  # of a mean answer
