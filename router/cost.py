@@ -12,8 +12,8 @@ Every request has one first token and one mean interval between the others, and 
 these grows by: nothing is weighed by hand.
 
 `later_s`: work that is added somewhere in an evenly loaded fleet delays everybody who comes before the fleet is idle
-again, so what it costs is the work (over the workers) times the arrivals until then. The fleet is idle when its backlog
-is gone at the speed that arriving work leaves for it.
+again, so what it costs is the work (over the workers) times the arrivals until then. The fleet is idle when its
+backlog is gone at the speed that arriving work leaves for it.
 """
 
 from typing import NamedTuple
@@ -63,7 +63,7 @@ class Cost(NamedTuple):
 def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     """Where to stop loading and start computing, so that both together take least.
 
-    A tier brings what is beyond the nearer ones; what is loaded is always a prefix, so there are as many ways as tiers.
+    A tier brings what is beyond the nearer ones. What is loaded is always a prefix: there are as many ways as tiers.
     """
     covered, load_s = max(matched.gpu, matched.expected), 0.0
     best = Prefix(covered, 0.0, rates.prefill_s(Work.of(tokens, covered)))
@@ -134,6 +134,6 @@ def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) ->
         there.load_s,
         there.compute_s,
         interval_s(tokens, there.compute_s, load, rates),
-        step_s(tokens - there.cached, load, rates) if X.get("step","1")=="1" else 0.0,
-        later_s(work_s, busy) * float(X.get('later', 1)),
+        step_s(tokens - there.cached, load, rates) if X.get("step", "1") == "1" else 0.0,
+        later_s(work_s, busy) * float(X.get("later", 1)),
     )

@@ -1,6 +1,6 @@
 """The hit ledger: how much of every prompt could have been cached, how much was, and what the rest was lost to. Pure.
 
-    available   leading tokens that were asked for before (lately: see kvd.router.seen): a cache of any size would have them
+    available   leading tokens that were asked for lately (kvd.router.seen): a cache of any size would have them
     achieved    what the engine says was cached
     lost to     eviction  it was nowhere any more, or left the worker between the choice and the prefill
                 routing   another worker had more of it than the one that was chosen
@@ -62,7 +62,7 @@ class Ledger:
         self.given_up += self._open.pop(request, None) is not None
 
     def answered(self, request: str, tokens: int, cached: int, still: int) -> Settled | None:
-        """`cached` of the prompt's `tokens`, as the engine says; `still`: what it has on its GPU as of now, by events."""
+        """`cached` of the prompt's `tokens`, as the engine says; `still`: what its GPU has now, by events."""
         sent = self._open.pop(request, None)
         if sent is None:
             return None

@@ -228,7 +228,7 @@ def _present(there: _Worker, at: float) -> Iterator[_Flight]:
 
 
 def _corrected(load: Load, there: _Worker, report: Report) -> Load:
-    """What is ours and sent since the report is certain; the rest is what the engine said, less what has ended since."""
+    """What is ours and sent since is certain; the rest is what the engine said, less what has ended since."""
     others, queued, head, head_s = there.others, load.queued, load.head, load.head_s
     running, taken, ahead = 0, 0, others.ahead_tokens
     for flight in takewhile(lambda flight: flight.sent_at > report.made_at, reversed(there.flights.values())):

@@ -3,8 +3,8 @@
     seconds = c0 * part0 + c1 * part1 + ...      no coefficient below zero
 
 The errors that count are relative, so that short and long ones weigh alike; an observation that lies far from what the
-others say counts less the farther it lies, so one that something got in the way of changes little. Only the last `_KEPT`
-are looked at: an engine that has changed is another one soon.
+others say counts less the farther it lies, so one that something got in the way of changes little. Only the last
+`_KEPT` are looked at: an engine that has changed is another one soon.
 
 The prior is a shape. What all observations together say is how fast this engine is; what they do not tell apart is
 split between the parts as in the prior.

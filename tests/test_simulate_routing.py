@@ -1,8 +1,9 @@
-"""`kvdctl simulate routing`: the modelled worker does what SGLang was measured to do, and the fleet what it is told."""
+"""`kvdctl simulate routing`: the modelled worker does what SGLang was measured to do, the fleet what it is told."""
 
 import csv
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -111,7 +112,7 @@ def test_every_prompt_is_answered_and_all_room_comes_back(wanted: list[tuple[int
     ]
     run(worker, jobs)
     assert all(each.at < each.first_at <= each.ended_at for each in jobs)
-    assert all(a.first_at <= b.first_at for a, b in zip(jobs, jobs[1:], strict=False))
+    assert all(a.first_at <= b.first_at for a, b in pairwise(jobs))
     assert worker.intervals.count == sum(each.output - 1 for each in jobs)
     assert (worker._radix.claimed, worker.running, worker.context) == (0, 0, 0)
     assert worker._radix.used <= 12

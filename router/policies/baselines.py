@@ -1,9 +1,9 @@
 """What others do, as their sources define it, to compare with. Pure; chance arrives as an argument.
 
-`random`; `round_robin`; `cache_aware`: SGLang's router (sgl-model-gateway, policies/cache_aware.rs: cache_threshold 0.3,
-balance_abs_threshold 64, balance_rel_threshold 1.5, max_tree_size 2^26 characters); `dynamo`: NVIDIA Dynamo 1.3 to 1.6
-(lib/kv-router, scheduling/selector/default.rs, its defaults); `lmetric`: LMetric (arXiv 2603.15202), new prefill
-tokens times batch size, one added to each so that an idle worker's zero does not hide the other.
+`random`; `round_robin`; `cache_aware`: SGLang's router (sgl-model-gateway, policies/cache_aware.rs: cache_threshold
+0.3, balance_abs_threshold 64, balance_rel_threshold 1.5, max_tree_size 2^26 characters); `dynamo`: NVIDIA Dynamo 1.3
+to 1.6 (lib/kv-router, scheduling/selector/default.rs, its defaults); `lmetric`: LMetric (arXiv 2603.15202), new
+prefill tokens times batch size, one added to each so that an idle worker's zero does not hide the other.
 """
 
 from collections import OrderedDict

@@ -1,7 +1,7 @@
 """The default: least expected waiting, the request's own and everybody else's, in seconds. Pure.
 
-See kvd.router.cost for what is counted. Who costs the same is told apart by free KV memory, then by rendezvous hashing of
-the prompt's first block: equal prompts meet, different ones spread, and nobody is first in every list.
+See kvd.router.cost for what is counted. Who costs the same is told apart by free KV memory, then by rendezvous hashing
+of the prompt's first block: equal prompts meet, different ones spread, and nobody is first in every list.
 """
 
 from collections.abc import Callable, Sequence

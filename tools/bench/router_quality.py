@@ -1,14 +1,14 @@
 """How soon is the first token there with our routing, next to random, round robin, and other routers' policies?
 
-`kvdctl simulate routing` on real traces, 8 and 16 workers, loads from 50 % to 110 % of what the fleet could do if every
-worker had all the others' caches (kvd/ctl/simulate/routing/measure.py says exactly). All policies route the same requests
-in the same run; time is virtual, so the machine and its load change nothing.
+`kvdctl simulate routing` on real traces, 8 and 16 workers, loads from 50 % to 110 % of what the fleet could do if
+every worker had all the others' caches (kvd/ctl/simulate/routing/measure.py says exactly). All policies route the same
+requests in the same run; time is virtual, so the machine and its load change nothing.
 
 `ttft_mean_vs_random_TRACE_LOAD` is random's mean TTFT by ours (aim: at least 3), `ttft_mean_vs_best_other_TRACE_LOAD`
-ours by that of the best other policy (at most 1.02), each the worse of the two fleet sizes; without TRACE_LOAD they are the
-worst of all. `p99_vs_best_other` is the same of the 99th percentile. `order_agrees` is the part of the cells where the
-order is that of llm-d's measurements on real H100s (llmd_37-capacity.csv): routing by events before an approximate
-prefix tree (cache_aware here) before load balancing and random.
+ours by that of the best other policy (at most 1.02), each the worse of the two fleet sizes; without TRACE_LOAD they
+are the worst of all. `p99_vs_best_other` is the same of the 99th percentile. `order_agrees` is the part of the cells
+where the order is that of llm-d's measurements on real H100s (llmd_37-capacity.csv): routing by events before an
+approximate prefix tree (cache_aware here) before load balancing and random.
 
 --quick takes the first few hundred requests of each trace, 8 workers and two loads.
 """

@@ -1,8 +1,8 @@
 """Traces of requests in Mooncake's format: JSON lines, plain or gzipped. Pure but for the file.
 
 A line is one request: `timestamp` in milliseconds and `hash_ids`, the ids of its blocks from the first token on; for
-what asks about workers also `input_length` and `output_length` in tokens. An id stands for the block and all before it.
-Order is the file's: timestamps are coarse, and ties keep it.
+what asks about workers also `input_length` and `output_length` in tokens. An id stands for the block and all before
+it. Order is the file's: timestamps are coarse, and ties keep it.
 """
 
 import gzip

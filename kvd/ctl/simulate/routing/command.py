@@ -23,7 +23,9 @@ LoadOption = Annotated[
 RequestsOption = Annotated[
     int | None, typer.Option("--requests", min=1, help="Only the trace's first ones.", show_default=False)
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="For policies that draw lots. The same seed, the same figures.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="For policies that draw lots. The same seed, the same figures.")
+]
 
 
 def command(

@@ -3,11 +3,11 @@
     prefill_s = step_s + token_s * new tokens + pair_s * (new tokens x what each looks at)
     decode_s  = idle_s + sequence_s * requests + context_s * tokens in their contexts
 
-The engine that is here is SGLang with Qwen3-32B in BF16 on four H100 SXM, fitted to AIConfigurator's twelve measured runs
-of it (aiconfigurator-core 0.12.0, silicon_sample.csv, Apache-2.0; 1,024 to 4,096 tokens in, 128 or 512 out, 16 to 128
-requests at once): played again by the modelled worker, mean TTFT and mean token interval are off by 5 % on average, by
-21 % at most. Prompts there are too short to tell `pair_s`: it is from the same package's estimate of a prompt of
-32,768 tokens, 1.40 s, which comes out as 1.34 s.
+The engine that is here is SGLang with Qwen3-32B in BF16 on four H100 SXM, fitted to AIConfigurator's twelve measured
+runs of it (aiconfigurator-core 0.12.0, silicon_sample.csv, Apache-2.0; 1,024 to 4,096 tokens in, 128 or 512 out, 16 to
+128 requests at once): played again by the modelled worker, mean TTFT and mean token interval are off by 5 % on
+average, by 21 % at most. Prompts there are too short to tell `pair_s`: it is from the same package's estimate of a
+prompt of 32,768 tokens, 1.40 s, which comes out as 1.34 s.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,12 @@
-"""What a policy makes of a trace, in figures; and what the fleet could do at best. Pure: chance arrives as an argument.
+"""What a policy makes of a trace, in figures, and what the fleet could do at best. Pure; chance is an argument.
 
 The *load* is a fraction of the fleet's capacity. Capacity is what the workers could do if all of their caches were one
 that all can use, the least recently used leaving it, and if decode always ran with as many requests as memory holds:
 
     requests a second = workers / mean seconds of (prefill of what such a cache lacks + share of such decode steps)
 
-No way to route reaches that, because no worker has the others' caches: at a load of 1.0 every real fleet is late in the
-end. The trace's timestamps are scaled so that its requests come at that rate on average; its bursts stay bursts.
+No way to route reaches that, because no worker has the others' caches: at a load of 1.0 every real fleet is late in
+the end. The trace's timestamps are scaled so that its requests come at that rate on average; its bursts stay bursts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,8 +46,8 @@ def measure(engine: Engine, prompts: Sequence[Prompt], workers: int, policy: str
     longest = max(room(prompt.tokens, prompt.output, len(prompt.blocks), block) for prompt in prompts)
     if longest * block > engine.kv_tokens:
         raise KvdError(
-            f"a request of this trace takes {longest * block:,} tokens of KV memory, {engine.name} has {engine.kv_tokens:,}",
-            "simulate with a trace of shorter prompts",
+            f"a request takes {longest * block:,} tokens of KV memory, {engine.name} has {engine.kv_tokens:,}",
+            "simulate a trace of shorter prompts",
         )
     fleet = Fleet(engine, block, workers, policy, draw)
     fleet.replay(prompts, scale(engine, prompts, workers, load))

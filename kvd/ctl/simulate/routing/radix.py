@@ -71,7 +71,7 @@ class Radix:
     def share(self, chain: Sequence[int], first: int, last: int) -> list[int]:
         """Private blocks first..last of a chain whose blocks before are held become cached, and held.
 
-        Returns those that were not cached yet; of a block that another request has cached meanwhile, the copy is freed.
+        Returns those that were not cached yet; where another request was faster, the copy is freed.
         """
         fresh = [block for block in chain[first:last] if block not in self._held and block not in self._idle]
         for block in fresh:

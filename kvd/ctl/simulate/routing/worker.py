@@ -106,7 +106,8 @@ class Worker:
     def run(self, now: float) -> Changes:
         """The step in progress ends now; the next one begins."""
         step = self._step
-        assert step is not None and step.ends == now, "run is called when a step ends"
+        assert step is not None, "run is called when there is a step"
+        assert step.ends == now, "run is called when it ends"
         self.busy_s += now - step.began
         changes = Changes([], [], [], [])
         if step.prefills:
