@@ -38,7 +38,7 @@ check: $(DEV)/.stamp  ## format, lint, types, layers
 	@$(DEV)/bin/ruff format --check -q . && $(DEV)/bin/ruff check -q . && $(DEV)/bin/mypy && \
 	 $(DEV)/bin/python -m pytest -q --no-header -p no:cacheprovider tests/test_layers.py
 
-bench: setup  ## one benchmark: NAME=host_path|lookup|ttft|gate|import_cost|nvme|reopen|shared|policy  [ARGS="--quick --json"]
+bench: setup  ## one benchmark: NAME=host_path|lookup|ttft|gate|import_cost|nvme|reopen|shared|policy|router_quality  [ARGS="--quick --json"]
 	@test -n "$(NAME)" || { echo "which? make bench NAME=... (tools/bench/README.md)"; exit 2; }
 	@$(DEV)/bin/python -m tools.bench.$(NAME) $(ARGS)
 

@@ -11,7 +11,7 @@ import sys
 
 from tools.bench._table import ROOT, commit
 
-NAMES = ("host_path", "lookup", "ttft", "gate", "import_cost", "nvme", "reopen", "shared", "policy")
+NAMES = ("host_path", "lookup", "ttft", "gate", "import_cost", "nvme", "reopen", "shared", "policy", "router_quality")
 HEAD = """# Benchmarks
 
 Written by `make bench-all` on {date}, commit {commit}{quick}. Each table was measured in one run, ours and the
