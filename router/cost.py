@@ -11,9 +11,10 @@
 Every request has one first token and one mean interval between the others, and all of this is seconds that one of
 these grows by: nothing is weighed by hand.
 
-`later_s`: work that is added somewhere in an evenly loaded fleet delays everybody who comes before the fleet is idle
-again, so what it costs is the work (over the workers) times the arrivals until then. The fleet is idle when its
-backlog is gone at the speed that arriving work leaves for it.
+`later_s`: work that is added to a worker delays everybody who comes to it until it is idle again. That many come: the
+worker's own arrivals a second, for as long as its backlog lasts at the speed that arriving work leaves for it (the
+value function of a queue that serves in order). Where few requests come, as to a worker that is deep in long prompts,
+another long prompt harms few.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
 from kvd.router.work import Work
 
-X = {}
 _TIERS = ("ram", "nvme", "shared")  # the nearest first
 
 
@@ -36,12 +36,10 @@ class Prefix(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """The whole fleet: requests that arrive per second and worker, work per second of a worker, backlog per worker."""
+    """How busy a worker is kept: requests that come to it per second, and seconds of work that come in a second."""
 
-    workers: int
     arrivals_per_s: float
     load: float  # below 1.0
-    backlog_s: float
 
 
 class Cost(NamedTuple):
@@ -118,22 +116,20 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
     return mates * rates.prefill_s(Work.of(min(tokens, chunk - last), 0))
 
 
-def later_s(work_s: float, busy: Busy) -> float:
-    """What later requests wait for this work."""
-    idle_in_s = (busy.backlog_s + work_s / busy.workers / 2) / (1.0 - busy.load)
-    return work_s * busy.arrivals_per_s * idle_in_s
+def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
+    """What requests that come later wait for this work, which begins in `ahead_s`."""
+    return work_s * busy.arrivals_per_s * (ahead_s + work_s / 2) / (1.0 - busy.load)
 
 
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
     """Of a prompt of so many tokens at one worker."""
-    there = prefix(tokens, matched, rates)
-    work_s = there.load_s + there.compute_s
+    there, ahead_s = prefix(tokens, matched, rates), queue_s(load, rates)
     return Cost(
-        queue_s(load, rates),
+        ahead_s,
         room_s(tokens - there.cached, load, rates),
         there.load_s,
         there.compute_s,
         interval_s(tokens, there.compute_s, load, rates),
-        step_s(tokens - there.cached, load, rates) if X.get("step", "1") == "1" else 0.0,
-        later_s(work_s, busy) * float(X.get("later", 1)),
+        step_s(tokens - there.cached, load, rates),
+        later_s(there.load_s + there.compute_s, ahead_s, busy),
     )

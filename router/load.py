@@ -246,9 +246,12 @@ def _corrected(load: Load, there: _Worker, report: Report) -> Load:
             break
     if there.waiting and there.since < report.made_at:  # what was done before is not waiting any more
         head_s -= report.made_at - there.since
-    if others.tokens:
-        each = others.tokens / max(1, others.waiting)
-        queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * each / 2))
+    if others.waiting:
+        queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * others.tokens / others.waiting / 2))
+    elif others.tokens and queued.tokens:  # less of ours is cached there than we think
+        queued = Work(
+            queued.prompts, queued.tokens + others.tokens, queued.pairs * (1 + others.tokens / queued.tokens)
+        )
     running = max(running, load.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
     return load._replace(

@@ -21,6 +21,7 @@ _ROUNDS: Final = 4
 _PRIOR: Final = 1.0  # the prior's shape weighs as much as so many observations that contradict it fully
 _FAR: Final = 1.5  # times the median error
 _LEAST_ERROR: Final = 0.02
+_SHORTEST_S, _LONGEST_S = 1e-7, 1e6  # no step of an engine lies outside; a clock that was set does
 
 
 class Regression:
@@ -36,7 +37,8 @@ class Regression:
 
     def observe(self, parts: Sequence[float], seconds: float) -> None:
         """It took so long. What took no time, or had nothing to do, says nothing."""
-        if seconds <= 0.0 or self._by(self._prior, parts) <= 0.0:
+        expected = self._by(self._prior, parts)
+        if not _SHORTEST_S <= seconds <= _LONGEST_S or expected < _SHORTEST_S:
             return
         self._seen.append((tuple(parts), seconds))
         self.observed += 1

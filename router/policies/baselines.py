@@ -74,8 +74,8 @@ class CacheAware:
         return choice
 
     def _matched(self, worker: str, request: Request) -> int:
-        tree = self._trees.get(worker, {})
-        return sum(1 for _ in takewhile(tree.__contains__, request.chain))
+        tree = self._trees.get(worker)
+        return sum(1 for _ in takewhile(tree.__contains__, request.chain)) if tree is not None else 0
 
     def _insert(self, worker: str, request: Request) -> None:
         tree = self._trees.setdefault(worker, OrderedDict())

@@ -19,7 +19,7 @@ from random import Random
 
 from kvd.ctl.simulate.routing.engine import ENGINES
 from kvd.ctl.simulate.routing.fleet import POLICIES
-from kvd.ctl.simulate.routing.measure import Figures, measure
+from kvd.ctl.simulate.routing.measure import Figures, alone_s, measure
 from kvd.ctl.simulate.traces import prompts
 from tools.bench._table import ROOT, Table, finish, options, progress
 
@@ -39,7 +39,7 @@ def main() -> int:
     wanted = options(__doc__)
     table = Table(
         "Mean (and 99th percentile) of the time to first token in seconds, by policy",
-        ("trace", "workers", "load", *POLICIES, "random/kvd", "kvd/best other"),
+        ("trace", "workers", "load", *POLICIES, "alone", "random/kvd", "kvd/best other"),
     )
     cells: dict[tuple[str, int], list[dict[str, Figures]]] = {}
     figures: dict[str, object] = {}
@@ -49,6 +49,7 @@ def main() -> int:
             continue
         replayed = prompts(DATA / path)[: few if wanted.quick else None]
         for workers in QUICK_WORKERS if wanted.quick else WORKERS:
+            alone = alone_s(ENGINE, replayed, workers)
             for load in QUICK_LOADS if wanted.quick else LOADS:
                 progress(f"{name}, {workers} workers, {load:.0%}")
                 found = {
@@ -63,10 +64,14 @@ def main() -> int:
                 table.add(
                     name, str(workers), f"{load:.0%}",
                     *(f"{each.ttft_s.mean:.2f} ({each.ttft_s.p99:.1f})" for each in found.values()),
-                    f"{_by_random(found):.2f}", f"{_by_best(found):.3f}",
+                    f"{alone:.2f}", f"{_by_random(found):.2f}", f"{_by_best(found):.3f}",
                 )  # fmt: skip
     ratios = _ratios(cells)
     if cells:
+        table.notes.append(
+            "alone: mean prefill if all caches were one and nobody waited for anybody; no policy can be much below it, "
+            "so random/kvd can hardly be above random/alone"
+        )
         table.notes.append("figures: mean and p99 TTFT, mean token interval in seconds, block hit rate, imbalance")
         table.notes.append(f"{ENGINE.name}, {ENGINE.kv_tokens:,} tokens of KV memory a worker, no tier below it")
         table.notes.append(f"order as measured on real H100s by llm-d: {ratios['order_agrees']:.0%} of the cells")

@@ -138,8 +138,5 @@ class Fleet:
 
 
 def _report(worker: Worker, now: float) -> Report:
-    waiting = worker.waiting
     most = worker.engine.kv_tokens
-    # SGLang counts what is not known to be cached; here that is what has not been computed.
-    tokens = sum(job.tokens - job.done for job in waiting)
-    return Report(now, worker.running, len(waiting), tokens, most - worker.free_tokens, most)
+    return Report(now, worker.running, len(worker.waiting), worker.waiting_tokens, most - worker.free_tokens, most)

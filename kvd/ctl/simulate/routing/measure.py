@@ -69,6 +69,15 @@ def scale(engine: Engine, prompts: Sequence[Prompt], workers: int, load: float) 
 
 def work_s(engine: Engine, prompts: Sequence[Prompt], workers: int) -> float:
     """One worker's seconds for all of the trace, with all the fleet's memory as one cache."""
+    batch = min(engine.most_running, engine.kv_tokens / mean(prompt.tokens + prompt.output for prompt in prompts))
+    context = batch * mean(prompt.tokens + prompt.output / 2 for prompt in prompts)
+    step_s = engine.decode_s(round(batch), context)
+    decode_s = sum(prompt.output for prompt in prompts) * step_s / batch
+    return len(prompts) * alone_s(engine, prompts, workers) + decode_s
+
+
+def alone_s(engine: Engine, prompts: Sequence[Prompt], workers: int) -> float:
+    """Mean prefill with such a cache: the time to first token if nobody ever waited for anybody."""
     block = block_tokens(prompts)
     cache = Radix(engine.kv_tokens // block * workers)
     prefill_s = 0.0
@@ -80,10 +89,7 @@ def work_s(engine: Engine, prompts: Sequence[Prompt], workers: int) -> float:
         cache.let_go(prompt.blocks, whole)
         cached = min(found * block, prompt.tokens - 1)
         prefill_s += engine.prefill_s(prompt.tokens - cached, pairs(cached, prompt.tokens - cached))
-    batch = min(engine.most_running, engine.kv_tokens / mean(prompt.tokens + prompt.output for prompt in prompts))
-    context = batch * mean(prompt.tokens + prompt.output / 2 for prompt in prompts)
-    step_s = engine.decode_s(round(batch), context)
-    return prefill_s + sum(prompt.output for prompt in prompts) * step_s / batch
+    return prefill_s / len(prompts)
 
 
 def _percentiles(durations: Iterable[float]) -> Percentiles:

@@ -92,6 +92,12 @@ class Worker:
         """Room that nothing in progress claims."""
         return (self._radix.capacity - self._radix.claimed) * self.block_tokens
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Of prompts in line, what is neither computed nor cached."""
+        radix, block = self._radix, self.block_tokens
+        return sum(max(1, job.tokens - max(job.done, radix.match(job.chain) * block)) for job in self.waiting)
+
     def arrive(self, job: Job, now: float) -> None:
         """Line up; a run of decode steps ends with the one in progress, when there is room for the prompt."""
         self.waiting.append(job)
@@ -136,15 +142,16 @@ class Worker:
             self._step = _Step(now, now + mean * steps, [], steps)
 
     def _prefills(self) -> list[tuple[Job, int]]:
-        room, chosen = self.engine.chunk_tokens, []
+        chosen: list[tuple[Job, int]] = []
+        left = self.engine.chunk_tokens
         for job in self.waiting:
-            if room <= 0 or self.running + len(chosen) >= self.engine.most_running:
+            if left <= 0 or self.running + len(chosen) >= self.engine.most_running:
                 break
             if not job.admitted and not self._admit(job):
                 break
-            count = min(room, job.tokens - job.done)
+            count = min(left, job.tokens - job.done)
             chosen.append((job, count))
-            room -= count
+            left -= count
         return chosen
 
     def _admit(self, job: Job) -> bool:
