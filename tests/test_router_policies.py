@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvd.router.cost import prefix, queue_s
+from kvd.router.cost import Busy, later_s, prefix, queue_s, step_s
 from kvd.router.load import Load
 from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
 from kvd.router.policies.choice import Candidate, Matched, Policy
@@ -122,6 +122,32 @@ def test_many_running_requests_count_against_a_worker() -> None:
     choice = ours().choose(request(), of(idle(running=100, context=100_000), idle(running=1, context=1000)), 0.0)
     assert choice.worker == "w1"
     assert choice.ranked[1].terms["interval_s"] > choice.ranked[0].terms["interval_s"]
+
+
+def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
+    calm, rush = Busy(arrivals_per_s=0.1, load=0.5), Busy(arrivals_per_s=5.0, load=0.5)
+    assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 3.0, calm) == pytest.approx(2 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 1.0, Busy(0.1, 0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+
+
+def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
+    policy, loads = ours(), (busy(tokens=20_000), busy(tokens=20_000))
+    for number in range(60):
+        policy.choose(request(f"r{number}", 1024, first=number), of(*loads)[:1], now=number / 10)
+        policy.choose(request(f"s{number}", 1024, first=number), of(*loads), now=number / 10)
+    choice = policy.choose(request("long", 65_536), of(*loads), now=6.0)
+    terms = {each.candidate.worker: each.terms["later_s"] for each in choice.ranked}
+    assert (choice.worker, terms["w1"] < terms["w0"]) == ("w1", True)
+
+
+def test_prompts_that_would_share_a_step_count_for_each_other() -> None:
+    small = Work.of(100, 0)
+    waiting = Load(queued=small.plus(small), head=small, head_s=0.0, running=4, context_tokens=4000)
+    assert step_s(4000, waiting, RATES) == pytest.approx(2 * RATES.prefill_s(Work.of(4000, 0)))
+    assert step_s(4000, Load(), RATES) == 0.0
+    begun = waiting._replace(head_s=10.0)  # that step cannot grow any more
+    assert step_s(4000, begun, RATES) == pytest.approx(RATES.prefill_s(Work.of(4000, 0)))
 
 
 # -- load or recompute ------------------------------------------------------------------------------------

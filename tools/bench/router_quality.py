@@ -69,8 +69,8 @@ def main() -> int:
     ratios = _ratios(cells)
     if cells:
         table.notes.append(
-            "alone: mean prefill if all caches were one and nobody waited for anybody; no policy can be much below it, "
-            "so random/kvd can hardly be above random/alone"
+            "alone: mean prefill if all caches were one and nobody waited for anybody; "
+            "random/kvd can hardly be above random/alone"
         )
         table.notes.append("figures: mean and p99 TTFT, mean token interval in seconds, block hit rate, imbalance")
         table.notes.append(f"{ENGINE.name}, {ENGINE.kv_tokens:,} tokens of KV memory a worker, no tier below it")
