@@ -11,10 +11,10 @@
 Every request has one first token and one mean interval between the others, and all of this is seconds that one of
 these grows by: nothing is weighed by hand.
 
-`later_s`: work that is added to a worker delays everybody who comes to it until it is idle again. That many come: the
-worker's own arrivals a second, for as long as its backlog lasts at the speed that arriving work leaves for it (the
-value function of a queue that serves in order). Where few requests come, as to a worker that is deep in long prompts,
-another long prompt harms few.
+`later_s`: work that is added behind a backlog delays everybody who comes to that worker until it is idle again. That
+many come: the worker's own arrivals a second, for as long as its backlog lasts at the speed that arriving work leaves
+for it (the value function of a queue that serves in order). Where few requests come, as to a worker that is deep in
+long prompts, another long prompt harms few.
 """
 
 from typing import NamedTuple
@@ -117,8 +117,12 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
 
 
 def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
-    """What requests that come later wait for this work, which begins in `ahead_s`."""
-    return work_s * busy.arrivals_per_s * (ahead_s + work_s / 2) / (1.0 - busy.load)
+    """What requests that come later wait for this work, which begins in `ahead_s`.
+
+    Who comes while it is being computed is left out: they can still go elsewhere, and counting them sends long prompts
+    away from their prefixes (the mean TTFT of the conversation trace at 80 % is 17 % higher with them).
+    """
+    return work_s * busy.arrivals_per_s * ahead_s / (1.0 - busy.load)
 
 
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:

@@ -127,7 +127,7 @@ def test_many_running_requests_count_against_a_worker() -> None:
 def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
     calm, rush = Busy(arrivals_per_s=0.1, load=0.5), Busy(arrivals_per_s=5.0, load=0.5)
     assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
-    assert later_s(2.0, 3.0, calm) == pytest.approx(2 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 3.0, calm) == pytest.approx(3 * later_s(2.0, 1.0, calm))
     assert later_s(2.0, 1.0, Busy(0.1, 0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
 
 
