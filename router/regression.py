@@ -21,6 +21,7 @@ _ROUNDS: Final = 4
 _PRIOR: Final = 1.0  # the prior's shape weighs as much as so many observations that contradict it fully
 _FAR: Final = 1.5  # times the median error
 _LEAST_ERROR: Final = 0.02
+_ABSURD: Final = 1000.0  # times slower or faster than the median
 _SHORTEST_S, _LONGEST_S = 1e-7, 1e6  # no step of an engine lies outside; a clock that was set does
 
 
@@ -60,6 +61,7 @@ class Regression:
         shape = [level * c for c in self._prior]
         # In units of the scaled prior a coefficient is about one, and the relative duration that rows explain is one.
         rows = [[c * part / seconds for c, part in zip(shape, parts, strict=True)] for parts, seconds in self._seen]
+        rows = [row for row in rows if 1 / _ABSURD < sum(row) < _ABSURD]  # the middle one always is
         found = [1.0] * len(shape)
         for _ in range(_ROUNDS):
             errors = [abs(sum(f * part for f, part in zip(found, row, strict=True)) - 1.0) for row in rows]

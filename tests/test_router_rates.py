@@ -76,8 +76,8 @@ def test_loads_are_learnt_per_tier() -> None:
     assert rates.load_s("ram", 10_000) < rates.load_s("nvme", 10_000)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e9), st.floats(-1, 1e6)), max_size=40))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e9), st.floats(-1, 1e6)), max_size=24))
 def test_no_observation_makes_a_cost_negative_or_not_a_number(seen: list[tuple[float, float, float]]) -> None:
     regression = Regression((1e-2, 1e-5, 1e-9))
     for tokens, pairs, seconds in seen:
