@@ -28,6 +28,11 @@ PURE = (
     "kvd.router.tokens.outcome", "kvd.router.tokens.blocks", "kvd.router.tokens.chat", "kvd.router.tokens.toolschema",
     "kvd.router.tokens.anthropic", "kvd.router.tokens.responses", "kvd.router.tokens.serving",
     "kvd.router.tokens.cuts", "kvd.router.tokens.parity",
+    "kvd.ctl.simulate.routing.engine", "kvd.ctl.simulate.routing.radix", "kvd.ctl.simulate.routing.worker",
+    "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
+    "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",
+    "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
+    "kvd.router.policies.kvd", "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}
@@ -42,7 +47,7 @@ MAY = {
     "sidecar": {CORE, "sidecar"},
     "router": {CORE, "router"},
     "planner": {CORE, "planner"},
-    "ctl": {CORE, "ctl", "settings", "storage"},
+    "ctl": {CORE, "ctl", "settings", "storage", "router"},
     "settings": {CORE},
     "main": {CORE, "daemon", "settings"},
 }

@@ -1,4 +1,4 @@
-"""`kvdctl simulate`: what a tier would have done for a trace. Asks no daemon."""
+"""`kvdctl simulate`: what a tier, or a fleet, would have done for a trace. Asks no daemon."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,16 +6,14 @@ from typing import Annotated
 import typer
 
 from kvd.ctl.simulate.cache import NAMES, hit_rate
+from kvd.ctl.simulate.options import TraceOption, names
 from kvd.ctl.simulate.plot import Rates, draw
+from kvd.ctl.simulate.routing.command import command as routing
 from kvd.ctl.simulate.traces import Request, read
 from kvd.ctl.terminal import JsonOption, reporting, show_json, show_table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-TraceOption = Annotated[
-    Path,
-    typer.Option("--trace", metavar="FILE", help="Requests in Mooncake's format: JSON lines, plain or .gz."),
-]
 CapacityOption = Annotated[str, typer.Option("--capacity", help="Sizes of the tier in blocks, with commas.")]
 PolicyOption = Annotated[str, typer.Option("--policy", help=f"Any of {', '.join(NAMES)}, with commas.")]
 PlotOption = Annotated[
@@ -51,7 +49,7 @@ def cache(
     \b
     Exit status: 0 done, 1 the trace cannot be read or the plot not be written, 2 wrong usage.
     """
-    capacities, policies = _capacities(capacity), _policies(policy)
+    capacities, policies = _capacities(capacity), names(policy, NAMES, "--policy")
     with reporting(as_json):
         rates = _rates(read(trace), capacities, policies)
         if plot is not None:
@@ -61,6 +59,9 @@ def cache(
         else:
             columns = ("policy", *(f"{places:,}" for places in capacities))
             show_table(columns, [(name, *(f"{rate:.4f}" for rate in row.values())) for name, row in rates.items()])
+
+
+app.command("routing")(routing)
 
 
 def _rates(requests: list[Request], capacities: list[int], policies: list[str]) -> Rates:
@@ -74,12 +75,4 @@ def _capacities(words: str) -> list[int]:
         found = [0]
     if min(found) < 1:
         raise typer.BadParameter(f"{words!r} is not a list of block counts such as 1000,5000", param_hint="--capacity")
-    return list(dict.fromkeys(found))
-
-
-def _policies(words: str) -> list[str]:
-    found = [word.strip() for word in words.split(",")]
-    unknown = [word for word in found if word not in NAMES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(NAMES)}", param_hint="--policy")
     return list(dict.fromkeys(found))

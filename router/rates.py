@@ -1,0 +1,65 @@
+"""How fast one worker is: prefill, decode, and what it loads from tiers, learnt from what it did. Pure.
+
+    prefill  step_s * prompts + token_s * new tokens + pair_s * (new tokens x what each looks at)
+    decode   step_s + request_s * running + context_s * tokens in their contexts: seconds between a request's tokens
+    load     latency_s + byte_s * bytes, per tier
+
+and how long answers are.
+
+The priors are a 30-billion model's on four H100: right in shape for any dense transformer on any machine, and only the
+shape lasts beyond the first observations. Workers of one model on equal machines may share one `Rates`.
+"""
+
+from typing import Final
+
+from kvd.router.regression import Regression
+from kvd.router.work import Work
+
+PREFILL: Final = (0.01, 3e-5, 5e-10)
+CHUNK_TOKENS: Final = 8192
+ANSWER_TOKENS: Final = 256.0
+_ANSWERS: Final = 128  # that count for the mean
+DECODE: Final = (0.01, 2e-5, 3e-8)
+LOAD: Final = {"ram": (0.001, 1 / 10e9), "nvme": (0.005, 1 / 2e9), "shared": (0.02, 1 / 1e9)}
+
+
+class Rates:
+    """Seconds for what a worker may have to do. `token_bytes`: of one token's KV, all ranks together;
+    `chunk_tokens`: that a prefill step takes at most, the worker's `chunked_prefill_size`."""
+
+    def __init__(self, token_bytes: int = 0, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self.token_bytes = token_bytes
+        self.chunk_tokens = chunk_tokens
+        self.prefill = Regression(PREFILL)
+        self.decode = Regression(DECODE)
+        self.answer_tokens = ANSWER_TOKENS  # of a mean answer
+        self._answers = 0
+        self.loads = {tier: Regression(prior) for tier, prior in LOAD.items()}
+
+    def prefill_s(self, work: Work) -> float:
+        return self.prefill.predict(work)
+
+    def interval_s(self, running: int, context_tokens: float) -> float:
+        """Between two tokens of a request, `running` of them at once."""
+        return self.decode.predict((1.0, running, context_tokens))
+
+    def load_s(self, tier: str, tokens: int) -> float:
+        """Until so many tokens' KV are there, from "ram", "nvme" or "shared"."""
+        return self.loads[tier].predict((1.0, tokens * self.token_bytes)) if tokens > 0 else 0.0
+
+    def prefilled(self, work: Work, seconds: float) -> None:
+        """So much was computed in so long, by a worker that had nothing else to do."""
+        self.prefill.observe(work, seconds)
+
+    def decoded(self, running: int, context_tokens: float, seconds: float) -> None:
+        """So long between two tokens."""
+        self.decode.observe((1.0, running, context_tokens), seconds)
+
+    def answered(self, tokens: int) -> None:
+        """An answer was so long."""
+        self._answers = min(_ANSWERS, self._answers + 1)
+        self.answer_tokens += (max(1, tokens) - self.answer_tokens) / self._answers
+
+    def loaded(self, tier: str, tokens: int, seconds: float) -> None:
+        """So many tokens' KV came in so long."""
+        self.loads[tier].observe((1.0, tokens * self.token_bytes), seconds)

@@ -1,0 +1,107 @@
+"""A cost that is linear in what is known beforehand, learnt as it is observed. Pure, bounded, no clock.
+
+    seconds = c0 * part0 + c1 * part1 + ...      no coefficient below zero
+
+The errors that count are relative, so that short and long ones weigh alike; an observation that lies far from what the
+others say counts less the farther it lies, so one that something got in the way of changes little. Only the last
+`_KEPT` are looked at: an engine that has changed is another one soon.
+
+The prior is a shape. What all observations together say is how fast this engine is; what they do not tell apart is
+split between the parts as in the prior.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Final
+
+_KEPT: Final = 96  # observations
+_LEARN_EVERY: Final = 8  # of them; the first ones are learnt from at once
+_ROUNDS: Final = 4
+_PRIOR: Final = 1.0  # the prior's shape weighs as much as so many observations that contradict it fully
+_FAR: Final = 1.5  # times the median error
+_LEAST_ERROR: Final = 0.02
+_ABSURD: Final = 1000.0  # times slower or faster than the median
+_SHORTEST_S, _LONGEST_S = 1e-7, 1e6  # no step of an engine lies outside; a clock that was set does
+
+
+class Regression:
+    """What one kind of step takes on one engine."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        """`prior`: seconds per unit of each part, none of them zero."""
+        self._prior = tuple(prior)
+        self._seen: deque[tuple[tuple[float, ...], float]] = deque(maxlen=_KEPT)
+        self._new = 0
+        self.coefficients = self._prior
+        self.observed = 0
+
+    def observe(self, parts: Sequence[float], seconds: float) -> None:
+        """It took so long. What took no time, or had nothing to do, says nothing."""
+        expected = self._by(self._prior, parts)
+        if not _SHORTEST_S <= seconds <= _LONGEST_S or expected < _SHORTEST_S:
+            return
+        self._seen.append((tuple(parts), seconds))
+        self.observed += 1
+        self._new += 1
+        if self._new >= _LEARN_EVERY or self.observed <= _LEARN_EVERY:
+            self._new = 0
+            self._learn()
+
+    def predict(self, parts: Sequence[float]) -> float:
+        """Seconds."""
+        return self._by(self.coefficients, parts)
+
+    @staticmethod
+    def _by(coefficients: Sequence[float], parts: Sequence[float]) -> float:
+        return sum(c * part for c, part in zip(coefficients, parts, strict=True))
+
+    def _learn(self) -> None:
+        level = median(seconds / self._by(self._prior, parts) for parts, seconds in self._seen)
+        shape = [level * c for c in self._prior]
+        # In units of the scaled prior a coefficient is about one, and the relative duration that rows explain is one.
+        rows = [[c * part / seconds for c, part in zip(shape, parts, strict=True)] for parts, seconds in self._seen]
+        rows = [row for row in rows if 1 / _ABSURD < sum(row) < _ABSURD]  # the middle one always is
+        found = [1.0] * len(shape)
+        for _ in range(_ROUNDS):
+            errors = [abs(sum(f * part for f, part in zip(found, row, strict=True)) - 1.0) for row in rows]
+            far = _FAR * max(median(errors), _LEAST_ERROR)
+            found = _not_negative(rows, [min(1.0, far / max(error, 1e-12)) for error in errors])
+        self.coefficients = tuple(f * c for f, c in zip(found, shape, strict=True))
+
+
+def _not_negative(rows: list[list[float]], weights: list[float]) -> list[float]:
+    """Weighted least squares for a right side of ones, drawn towards ones; what would be negative is left out."""
+    size = len(rows[0])
+    square = [[_PRIOR * (i == j) + _dot(rows, weights, i, j) for j in range(size)] for i in range(size)]
+    right = [_PRIOR + sum(w * row[i] for w, row in zip(weights, rows, strict=True)) for i in range(size)]
+    used = list(range(size))
+    while used:
+        solved = _solve([[square[i][j] for j in used] for i in used], [right[i] for i in used])
+        lowest = min(range(len(used)), key=solved.__getitem__)
+        if solved[lowest] >= 0.0:
+            found = [0.0] * size
+            for place, value in zip(used, solved, strict=True):
+                found[place] = value
+            return found
+        del used[lowest]
+    return [1.0] * size
+
+
+def _dot(rows: list[list[float]], weights: list[float], i: int, j: int) -> float:
+    return sum(w * row[i] * row[j] for w, row in zip(weights, rows, strict=True))
+
+
+def _solve(square: list[list[float]], right: list[float]) -> list[float]:
+    """Gauss's elimination; the matrix is positive definite, so no pivoting is needed."""
+    size = len(right)
+    for i in range(size):
+        for j in range(i + 1, size):
+            factor = square[j][i] / square[i][i]
+            right[j] -= factor * right[i]
+            for k in range(i, size):
+                square[j][k] -= factor * square[i][k]
+    found = [0.0] * size
+    for i in range(size - 1, -1, -1):
+        found[i] = (right[i] - sum(square[i][k] * found[k] for k in range(i + 1, size))) / square[i][i]
+    return found

@@ -1,0 +1,197 @@
+"""Policies behind one interface: the baselines as their sources define them, and ours, which counts seconds."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from kvd.router.cost import Busy, later_s, prefix, queue_s, step_s
+from kvd.router.load import Load
+from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
+from kvd.router.policies.choice import Candidate, Matched, Policy
+from kvd.router.policies.kvd import Kvd
+from kvd.router.rates import Rates
+from kvd.router.work import Request, Work
+
+RATES = Rates(token_bytes=100_000)
+
+
+def request(name: str = "r", tokens: int = 8192, first: int = 0) -> Request:
+    return Request(name, tokens, range(first, first + tokens // 512), 512)
+
+
+def busy(prompts: int = 1, tokens: int = 50_000, running: int = 0, context: int = 0) -> Load:
+    work = Work(prompts, tokens, tokens * 4000.0)
+    return Load(work, work, 0.0, running, context, 500_000)
+
+
+def idle(free: int = 500_000, running: int = 0, context: int = 0) -> Load:
+    return Load(running=running, context_tokens=context, free_tokens=free)
+
+
+def of(*loads: Load, matched: Sequence[Matched] | None = None) -> list[Candidate]:
+    prefixes = matched or [Matched()] * len(loads)
+    return [Candidate(f"w{at}", m, load) for at, (load, m) in enumerate(zip(loads, prefixes, strict=True))]
+
+
+def ours() -> Kvd:
+    return Kvd(lambda worker: RATES)
+
+
+def half() -> float:
+    return 0.5
+
+
+ALL: list[Policy] = [Random(half), RoundRobin(), CacheAware(), Dynamo(half), Lmetric(half), ours()]
+
+
+@pytest.mark.parametrize("policy", ALL, ids=lambda policy: policy.name)
+def test_every_policy_ranks_every_candidate_once(policy: Policy) -> None:
+    candidates = of(idle(), busy(), idle(running=3), matched=[Matched(), Matched(gpu=4096), Matched(ram=512)])
+    for number in range(5):
+        choice = policy.choose(request(f"r{number}"), candidates, now=float(number))
+        assert sorted(each.candidate.worker for each in choice.ranked) == ["w0", "w1", "w2"]
+        assert choice.worker == choice.ranked[0].candidate.worker
+        assert [each.cost for each in choice.ranked] == sorted(each.cost for each in choice.ranked)
+    assert policy.choose(request(), candidates[:1], now=9.0).worker == "w0"
+
+
+# -- the baselines ----------------------------------------------------------------------------------------
+
+
+def test_round_robin_takes_turns_also_when_workers_come_and_go() -> None:
+    policy, all_of = RoundRobin(), of(idle(), idle(), idle())
+    assert [policy.choose(request(), all_of, 0.0).worker for _ in range(4)] == ["w0", "w1", "w2", "w0"]
+    assert policy.choose(request(), all_of[2:], 0.0).worker == "w2"
+    assert policy.choose(request(), all_of, 0.0).worker == "w0"
+
+
+def test_cache_aware_follows_its_own_tree_until_load_is_uneven() -> None:
+    policy = CacheAware()
+    assert policy.choose(request(), of(idle(), idle()), 0.0).worker == "w0"  # the first of equals
+    assert policy.choose(request(), of(idle(running=60), idle()), 0.0).worker == "w0"
+    assert policy.choose(request(), of(idle(running=65), idle()), 0.0).worker == "w1"
+    assert policy.choose(request(first=1000), of(idle(running=2), idle(running=1)), 0.0).worker == "w1"
+
+
+def test_dynamo_counts_blocks_and_credits_tiers() -> None:
+    candidates = of(idle(), idle(), idle(), matched=[Matched(), Matched(gpu=4096), Matched(ram=8192)])
+    costs = {each.candidate.worker: each.cost for each in Dynamo(half).choose(request(), candidates, 0.0).ranked}
+    assert costs == {"w0": 16 + 16, "w1": 8 + 16, "w2": 4 + 16}
+
+
+def test_lmetric_multiplies_new_tokens_by_the_batch() -> None:
+    candidates = of(idle(running=9), idle(running=1), matched=[Matched(gpu=7168), Matched()])
+    costs = {each.candidate.worker: each.cost for each in Lmetric(half).choose(request(), candidates, 0.0).ranked}
+    assert costs == {"w0": 1025 * 10, "w1": 8193 * 2}
+
+
+# -- ours -------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_wins_as_long_as_waiting_for_it_is_faster() -> None:
+    prefixes = [Matched(gpu=7680), Matched()]
+    assert ours().choose(request(), of(idle(), idle(), matched=prefixes), 0.0).worker == "w0"
+    assert ours().choose(request(), of(busy(tokens=1000), idle(), matched=prefixes), 0.0).worker == "w0"
+    assert ours().choose(request(), of(busy(tokens=50_000), idle(), matched=prefixes), 0.0).worker == "w1"
+
+
+def test_terms_add_up_to_the_cost_and_say_when_the_first_token_comes() -> None:
+    choice = ours().choose(request(), of(busy(running=3, context=9000), idle(), matched=[Matched(nvme=8192)] * 2), 0.0)
+    for each in choice.ranked:
+        assert each.cost == pytest.approx(sum(each.terms.values()))
+        assert each.ttft_s == pytest.approx(
+            sum(each.terms[name] for name in ("queue_s", "room_s", "load_s", "compute_s"))
+        )
+
+
+def test_equals_are_told_apart_by_free_memory_then_by_chance_that_stays() -> None:
+    assert ours().choose(request(), of(idle(free=1000), idle(free=2000)), 0.0).worker == "w1"
+    workers = [ours().choose(request(first=n), of(idle(), idle(), idle()), 0.0).worker for n in range(300)]
+    assert all(60 < workers.count(worker) < 140 for worker in ("w0", "w1", "w2"))
+    assert workers == [ours().choose(request(first=n), of(idle(), idle(), idle()), 0.0).worker for n in range(300)]
+
+
+def test_a_full_worker_is_waited_for_only_if_that_is_worth_it() -> None:
+    for free, worker in ((-5000, "w0"), (-100_000, "w1")):
+        full = idle(free=free, running=20, context=400_000)
+        candidates = of(full, idle(), matched=[Matched(gpu=7680), Matched()])
+        assert ours().choose(request(), candidates, 0.0).worker == worker
+
+
+def test_many_running_requests_count_against_a_worker() -> None:
+    choice = ours().choose(request(), of(idle(running=100, context=100_000), idle(running=1, context=1000)), 0.0)
+    assert choice.worker == "w1"
+    assert choice.ranked[1].terms["interval_s"] > choice.ranked[0].terms["interval_s"]
+
+
+def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
+    calm, rush = Busy(arrivals_per_s=0.1, load=0.5), Busy(arrivals_per_s=5.0, load=0.5)
+    assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 3.0, calm) == pytest.approx(3 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 1.0, Busy(0.1, 0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+
+
+def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
+    policy, loads = ours(), (busy(tokens=20_000), busy(tokens=20_000))
+    for number in range(60):
+        policy.choose(request(f"r{number}", 1024, first=number), of(*loads)[:1], now=number / 10)
+        policy.choose(request(f"s{number}", 1024, first=number), of(*loads), now=number / 10)
+    choice = policy.choose(request("long", 65_536), of(*loads), now=6.0)
+    terms = {each.candidate.worker: each.terms["later_s"] for each in choice.ranked}
+    assert (choice.worker, terms["w1"] < terms["w0"]) == ("w1", True)
+
+
+def test_prompts_that_would_share_a_step_count_for_each_other() -> None:
+    small = Work.of(100, 0)
+    waiting = Load(queued=small.plus(small), head=small, head_s=0.0, running=4, context_tokens=4000)
+    assert step_s(4000, waiting, RATES) == pytest.approx(2 * RATES.prefill_s(Work.of(4000, 0)))
+    assert step_s(4000, Load(), RATES) == 0.0
+    begun = waiting._replace(head_s=10.0)  # that step cannot grow any more
+    assert step_s(4000, begun, RATES) == pytest.approx(RATES.prefill_s(Work.of(4000, 0)))
+
+
+# -- load or recompute ------------------------------------------------------------------------------------
+
+
+def test_what_a_tier_has_is_loaded_where_that_beats_computing() -> None:
+    slow = Rates(token_bytes=100_000)
+    for _ in range(20):
+        slow.loaded("nvme", 8192, 10.0)
+        slow.loaded("nvme", 1024, 1.25)
+    there = Matched(gpu=1024, nvme=8192)
+    assert prefix(8192, there, slow).load_s == 0.0
+    assert prefix(8192, there, slow).cached == 1024
+    fast = Rates(token_bytes=100_000)
+    for _ in range(20):
+        fast.loaded("nvme", 8192, 0.05)
+        fast.loaded("nvme", 1024, 0.01)
+    loaded = prefix(8192, there, fast)
+    assert loaded.cached == 8192
+    assert 0 < loaded.load_s < prefix(8192, Matched(gpu=1024), fast).compute_s
+
+
+def test_a_nearer_tier_is_used_and_a_farther_one_left_where_it_does_not_pay() -> None:
+    rates = Rates(token_bytes=100_000)
+    for _ in range(20):
+        rates.loaded("shared", 4096, 20.0)
+        rates.loaded("shared", 1024, 5.0)
+        rates.loaded("ram", 4096, 0.02)
+        rates.loaded("ram", 1024, 0.005)
+    assert prefix(8192, Matched(ram=4096, shared=8192), rates).cached == 4096
+
+
+def test_a_slow_piece_in_the_middle_is_loaded_for_what_comes_after_it() -> None:
+    rates = Rates(token_bytes=100_000)
+    for tier, seconds in (("nvme", 0.05), ("shared", 0.01)):
+        for _ in range(20):
+            rates.loaded(tier, 512, seconds)
+    assert prefix(65_536, Matched(nvme=512, shared=65_536), rates).cached == 65_536
+
+
+def test_the_queue_shrinks_while_its_head_is_computed() -> None:
+    work = Work.of(8192, 0)
+    whole = queue_s(Load(work.plus(work), work, 0.0), RATES)
+    assert whole == pytest.approx(2 * RATES.prefill_s(work))
+    assert queue_s(Load(work.plus(work), work, 0.1), RATES) == pytest.approx(whole - 0.1)
+    assert queue_s(Load(work.plus(work), work, 99.0), RATES) == pytest.approx(whole / 2)
+    assert queue_s(Load(), RATES) == 0.0

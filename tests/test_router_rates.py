@@ -1,0 +1,86 @@
+"""Costs that are learnt: from far-off priors, beside outliers, and again when an engine has changed."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvd.router.rates import DECODE, PREFILL, Rates
+from kvd.router.regression import Regression
+from kvd.router.work import Work
+
+
+def prompts(count: int, seed: int = 1) -> list[Work]:
+    chance = random.Random(seed)
+    return [Work.of(chance.randrange(200, 20_000), chance.choice([0, 0, 4096])) for _ in range(count)]
+
+
+@pytest.mark.parametrize("factor", [0.05, 1.0, 300.0])
+def test_an_engine_of_any_speed_is_known_after_some_prompts(factor: float) -> None:
+    truth = (0.02 * factor, 5e-5 * factor, 1e-9 * factor)
+    rates, chance = Rates(), random.Random(7)
+    for work in prompts(64):
+        seconds = sum(c * part for c, part in zip(truth, work, strict=True))
+        rates.prefilled(work, seconds * chance.uniform(0.95, 1.05))
+    for work in prompts(50, seed=2):
+        seconds = sum(c * part for c, part in zip(truth, work, strict=True))
+        assert rates.prefill_s(work) == pytest.approx(seconds, rel=0.1)
+
+
+def test_one_observation_sets_the_scale() -> None:
+    rates = Rates()
+    rates.prefilled(Work.of(4000, 0), 100 * sum(c * p for c, p in zip(PREFILL, Work.of(4000, 0), strict=True)))
+    assert rates.prefill_s(Work.of(2000, 0)) == pytest.approx(
+        100 * sum(c * p for c, p in zip(PREFILL, Work.of(2000, 0), strict=True)), rel=0.01
+    )
+
+
+def test_what_something_got_in_the_way_of_changes_little() -> None:
+    rates, chance = Rates(), random.Random(3)
+    for number, work in enumerate(prompts(96)):
+        seconds = sum(c * part for c, part in zip(PREFILL, work, strict=True)) * chance.uniform(0.97, 1.03)
+        rates.prefilled(work, seconds * (20.0 if number % 6 == 0 else 1.0))
+    work = Work.of(8000, 0)
+    assert rates.prefill_s(work) == pytest.approx(
+        sum(c * part for c, part in zip(PREFILL, work, strict=True)), rel=0.1
+    )
+
+
+def test_an_engine_that_has_changed_is_learnt_anew() -> None:
+    rates = Rates()
+    for factor in (1.0, 4.0):
+        for work in prompts(120):
+            rates.prefilled(work, factor * sum(c * part for c, part in zip(PREFILL, work, strict=True)))
+    work = Work.of(8000, 0)
+    assert rates.prefill_s(work) == pytest.approx(
+        4 * sum(c * part for c, part in zip(PREFILL, work, strict=True)), rel=0.05
+    )
+
+
+def test_what_observations_do_not_tell_apart_is_split_as_in_the_prior() -> None:
+    rates = Rates()
+    for _ in range(40):
+        rates.decoded(16, 16_000, 3 * sum(c * p for c, p in zip(DECODE, (1, 16, 16_000), strict=True)))
+    assert rates.interval_s(32, 32_000) == pytest.approx(
+        3 * sum(c * p for c, p in zip(DECODE, (1, 32, 32_000), strict=True)), rel=0.02
+    )
+
+
+def test_loads_are_learnt_per_tier() -> None:
+    rates = Rates(token_bytes=100_000)
+    for tokens in (100, 1000, 5000, 20_000) * 10:
+        rates.loaded("nvme", tokens, 0.01 + tokens * 100_000 / 5e9)
+    assert rates.load_s("nvme", 10_000) == pytest.approx(0.01 + 0.2, rel=0.1)
+    assert rates.load_s("nvme", 0) == 0.0
+    assert rates.load_s("ram", 10_000) < rates.load_s("nvme", 10_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e9), st.floats(-1, 1e6)), max_size=24))
+def test_no_observation_makes_a_cost_negative_or_not_a_number(seen: list[tuple[float, float, float]]) -> None:
+    regression = Regression((1e-2, 1e-5, 1e-9))
+    for tokens, pairs, seconds in seen:
+        regression.observe((1.0, tokens, pairs), seconds)
+        assert all(0.0 <= c < 1e12 for c in regression.coefficients)
+    assert regression.predict((1.0, 100.0, 1e4)) >= 0.0
