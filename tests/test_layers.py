@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("sidecar", "router", "planner", "storage")
 PURE = (
     "kvd.sglang_events", "kvd.wire.stream", "kvd.daemon.mirror", "kvd.daemon.stream",
-    "kvd.daemon.holdings", "kvd.router.view", "kvd.router.numbering",
+    "kvd.daemon.holdings", "kvd.router.view", "kvd.router.numbering", "kvd.router.matching",
     "kvd.pages", "kvd.places", "kvd.daemon.leases", "kvd.daemon.residency", "kvd.daemon.sessions", "kvd.daemon.node",
     "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.requests", "kvd.daemon.recovery", "kvd.daemon.labels",
     "kvd.daemon.scratch", "kvd.daemon.intake", "kvd.daemon.stock", "kvd.daemon.promotion", "kvd.daemon.gate",

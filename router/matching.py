@@ -1,0 +1,61 @@
+"""What every worker has of a prompt, by tier: from what the index says of holders. Pure.
+
+A worker has what lies on its own GPU and in its own host memory, and what its node's kvd keeps in tiers below, in a
+namespace of its model. Nothing is credited that the node does not know exactly, or that the index did not take whole:
+what is not sure to be there is computed, not waited for.
+
+Of a worker with several data-parallel ranks the one that has most counts: SGLang's own dispatcher decides between
+them, so this may say too much for such workers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from kvd import wire
+from kvd.router.numbering import Place
+from kvd.router.policies.choice import Matched
+from kvd.sglang_events import GPU
+
+_TIERS: Final = {GPU: "gpu", "CPU_PINNED": "ram", wire.RAM: "ram", wire.NVME: "nvme", wire.SHARED: "shared"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker as its node knows it. `namespaces`: those of the node's kvd that are of its model, in hex."""
+
+    node: str
+    block_tokens: int
+    namespaces: frozenset[str] = frozenset()
+
+
+def matched(
+    found: Mapping[int, int], place: Callable[[int], Place | None], sure: Callable[[int], bool],
+    members: Mapping[str, Member], tokens: int,
+) -> dict[str, Matched]:  # fmt: skip
+    """Leading tokens of a prompt of `tokens` by worker and tier; workers that have nothing are left out.
+
+    `found`: leading blocks by holder, from `Index.match`. `sure`: whether all that this holder said is known.
+    """
+    of_worker: dict[str, dict[str, int]] = {}
+    of_node: dict[str, dict[tuple[str, str], int]] = {}  # (namespace, tier)
+    for number, blocks in found.items():
+        where = place(number)
+        tier = _TIERS.get(where.medium) if where is not None else None
+        if where is None or tier is None or not sure(number):
+            continue
+        if where.worker:
+            has = of_worker.setdefault(where.worker, {})
+            has[tier] = max(blocks, has.get(tier, 0))
+        else:
+            there = of_node.setdefault(where.node, {})
+            there[where.namespace, tier] = max(blocks, there.get((where.namespace, tier), 0))
+    result: dict[str, Matched] = {}
+    for name, member in members.items():
+        has = dict(of_worker.get(name, {}))
+        for (namespace, tier), blocks in of_node.get(member.node, {}).items():
+            if namespace in member.namespaces:
+                has[tier] = max(blocks, has.get(tier, 0))
+        if has:
+            result[name] = Matched(**{tier: min(blocks * member.block_tokens, tokens) for tier, blocks in has.items()})
+    return result
