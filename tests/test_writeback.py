@@ -52,6 +52,19 @@ def test_a_slow_tier_gets_small_batches_and_a_quick_one_large_ones(
     assert [batch(world, seconds) for seconds in (0.1, 0.1, 0.1, 4, 1, 8, 1)] == [1, 2, 4, 8, 2, 2, 1]
 
 
+def test_a_batch_that_is_done_calls_for_the_next_while_pages_wait(
+    world: TwoTiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvd.daemon.writeback._BATCH_PAGES", 10)
+    world.writeback.more = lambda: world.writeback.tick(world.now)
+    world.put(world.session(spec(1)), KEYS[0])
+    world.now += 1
+    world.node.tick(world.now)
+    for written in (10, 15):  # and nobody ticks in between
+        world.tier.answer()
+        assert len(world.tier.pages) == written
+
+
 def test_what_is_worth_less_than_what_would_leave_is_written_once_it_is_used_again(world: TwoTiers) -> None:
     session = world.session(spec(1))
     world.tier.floor = 1e9

@@ -1,5 +1,6 @@
 """The node and its lower tiers, tied: what they hold is shown, what is new goes there, what is wanted comes up."""
 
+import asyncio
 import importlib
 import socket
 import time
@@ -18,6 +19,7 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
     """The tiers' processes, to be ticked. Call it on the event loop."""
     node = room.node
     node.promotion.clock = time.monotonic
+    loop = asyncio.get_running_loop()
 
     def opened(bit: int, name: str, chosen: dict[str, Any], write_delay_s: float) -> Below:
         def works() -> None:
@@ -29,6 +31,7 @@ def open_lower(settings: DaemonSettings, room: Room) -> list[Below]:
         changed, forgotten = partial(node.stock.below_changed, bit), partial(node.stock.below_forgotten, bit)
         below = Below(name, chosen, room.memory.fd, changed, forgotten, works, measured, _PATIENCE_S[bit])
         writeback = node.add_tier(bit, below, write_delay_s)
+        writeback.more = partial(loop.call_soon, lambda: writeback.tick(time.monotonic()))
         disk = node.promotion.tiers[-1].disk
         return below
 

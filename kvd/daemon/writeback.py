@@ -1,4 +1,4 @@
-"""New pages on their way from RAM into a lower tier: in the background, a batch at a time, never in a request's way.
+"""New pages on their way from RAM into a lower tier: in the background, batch after batch, never in a request's way.
 
 Pure but for the tier it is handed: time is a number. A page is written some seconds after it came, so that a batch is
 large, and stays in RAM as long as it is worth it: when it is evicted later, it is only forgotten here. The queue is
@@ -53,6 +53,7 @@ class WriteBack:
         self._writing = 0  # pages of the batch that is under way
         self._began: float | None = None  # when the batch was sent whose time has not been looked at
         self._batch_bytes = _FIRST_BYTES
+        self.more: Callable[[], None] = lambda: None  # called when a batch is done and others wait: `tick` soon
 
     def __len__(self) -> int:
         """Pages that wait or are being written."""
@@ -105,6 +106,8 @@ class WriteBack:
                     self._written(self._tier, group)
             self._counters["pages_written_back"] += sum(flags)
             self._counters["writes_back_refused"] += len(flags) - sum(flags)
+            if self._queue:
+                self.more()
 
         self._sink.store(pages, done)
 
