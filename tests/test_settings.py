@@ -120,7 +120,17 @@ def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     uncommented = tmp_path / "kvd.toml"
     # without a default, or no setting at all
     bursts = ("ram_burst", "nvme_burst", "shared_burst")
-    unset = ("path", "mount_point", "uri", "ttl_s", "pins_file", *bursts, "kvd's settings")
+    unset = (
+        "path",
+        "mount_point",
+        "uri",
+        "ttl_s",
+        "pins_file",
+        "endpoint",
+        "replay_endpoint",
+        *bursts,
+        "kvd's settings",
+    )
     uncommented.write_text("\n".join(line for line in lines if not line.startswith(unset)))
     settings = load_daemon_settings(uncommented, {})
     assert settings.tenants == {"NAME": TenantSettings()}
