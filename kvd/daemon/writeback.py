@@ -53,7 +53,7 @@ class WriteBack:
         self._writing = 0  # pages of the batch that is under way
         self._began: float | None = None  # when the batch was sent whose time has not been looked at
         self._batch_bytes = _FIRST_BYTES
-        self.more: Callable[[], None] = lambda: None  # called when a batch is done and others wait: `tick` soon
+        self.more: Callable[[], object] = lambda: None  # called when a batch is done and others wait: `tick` soon
 
     def __len__(self) -> int:
         """Pages that wait or are being written."""
