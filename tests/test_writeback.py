@@ -52,7 +52,7 @@ def test_a_slow_tier_gets_small_batches_and_a_quick_one_large_ones(
     assert [batch(world, seconds) for seconds in (0.1, 0.1, 0.1, 4, 1, 8, 1)] == [1, 2, 4, 8, 2, 2, 1]
 
 
-def test_a_batch_that_is_done_calls_for_the_next_while_pages_wait(
+def test_a_full_batch_that_is_done_calls_for_the_next_at_once(
     world: TwoTiers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvd.daemon.writeback._BATCH_PAGES", 10)
@@ -63,6 +63,22 @@ def test_a_batch_that_is_done_calls_for_the_next_while_pages_wait(
     for written in (10, 15):  # and nobody ticks in between
         world.tier.answer()
         assert len(world.tier.pages) == written
+
+
+def test_what_trickles_in_is_gathered_and_not_written_page_by_page(world: TwoTiers) -> None:
+    session = world.session(spec(1))
+    world.writeback.more = lambda: world.writeback.tick(world.now)
+    world.put(session, KEYS[0][:1])
+    world.now += 1
+    world.node.tick(world.now)
+    world.put(session, KEYS[0][:4])
+    world.now += 1  # the other three are due while the first is being written
+    world.tier.answer()
+    world.tier.answer()
+    assert len(world.tier.pages) == 1
+    world.node.tick(world.now)
+    world.tier.answer()
+    assert len(world.tier.pages) == 4
 
 
 def test_what_is_worth_less_than_what_would_leave_is_written_once_it_is_used_again(world: TwoTiers) -> None:

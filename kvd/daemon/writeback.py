@@ -53,7 +53,7 @@ class WriteBack:
         self._writing = 0  # pages of the batch that is under way
         self._began: float | None = None  # when the batch was sent whose time has not been looked at
         self._batch_bytes = _FIRST_BYTES
-        self.more: Callable[[], object] = lambda: None  # called when a batch is done and others wait: `tick` soon
+        self.more: Callable[[], object] = lambda: None  # called when a full batch is done: `tick` soon
 
     def __len__(self) -> int:
         """Pages that wait or are being written."""
@@ -97,6 +97,9 @@ class WriteBack:
         pages = [(self._page(group), [self._arena.offset(slot) for slot in group.slots]) for group in batch]
         self._writing = len(batch)
         self._began = now
+        # After one that is not full nothing was due: what trickles in is gathered until the next tick, or every page
+        # would be a commit on the disk and a file on shared storage.
+        full = len(batch) == _BATCH_PAGES or size >= self._batch_bytes
 
         def done(flags: list[bool]) -> None:
             self._writing = 0
@@ -106,7 +109,7 @@ class WriteBack:
                     self._written(self._tier, group)
             self._counters["pages_written_back"] += sum(flags)
             self._counters["writes_back_refused"] += len(flags) - sum(flags)
-            if self._queue:
+            if full:
                 self.more()
 
         self._sink.store(pages, done)
