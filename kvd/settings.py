@@ -7,17 +7,15 @@ of SGLang's --hicache-storage-backend-extra-config, see kvd.sidecar.config.
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from pydantic_settings import SettingsError as NotJson
 
-from kvd.errors import SettingsError
 from kvd.places import run_dir
+from kvd.settingsfile import NODE, load
 
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -212,33 +210,9 @@ class DaemonSettings(BaseSettings):
 
 def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> DaemonSettings:
     """Read the file and the environment. Raises SettingsError naming the key and the remedy."""
-    values: dict[str, Any] = {}
     if file is None and DEFAULT_FILE.exists():
         file = DEFAULT_FILE
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text())
-        except OSError as error:
-            raise SettingsError(f"cannot read {file}: {error.strerror}", "check the path given to --config") from error
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"{file} is not TOML: {error}", "fix that line") from error
-    known = _known_variables()
-    for name in environ:
-        if name.startswith("KVD_") and name not in known:
-            raise SettingsError(f"unknown environment variable {name}", f"known are {', '.join(sorted(known))}")
-    for name in known & environ.keys():
-        _drop(values, name.removeprefix("KVD_").lower().split("__"))  # the environment wins over the file
-    try:
-        return DaemonSettings(**values)
-    except NotJson as error:  # of a variable that holds a list
-        raise SettingsError(
-            f"{error}", "lists are JSON: KVD_EVENTS__WORKERS='[\"http://127.0.0.1:30000\"]'"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        source = f"{file} or the environment" if file else "the environment"
-        raise SettingsError(f"{where}: {first['msg']}", f"correct it in {source}") from error
+    return load(DaemonSettings, NODE, file, environ)
 
 
 def example() -> str:
@@ -275,23 +249,3 @@ def example() -> str:
     lines.extend(["# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""])
     add(TenantSettings)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _known_variables() -> set[str]:
-    names: set[str] = set()
-    for name, field in DaemonSettings.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names |= {f"KVD_{name}__{key}".upper() for key in inner.model_fields}
-        else:
-            names.add(f"KVD_{name}".upper())
-    return names
-
-
-def _drop(values: dict[str, Any], path: list[str]) -> None:
-    for part in path[:-1]:
-        inner = values.get(part)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    values.pop(path[-1], None)

@@ -4,22 +4,21 @@ Read, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/route
 (`KVD_ROUTER_LISTEN__PORT=...`), the command line. Read once, in `main`.
 """
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvd.errors import SettingsError
 from kvd.router.proxy.house import Limits
 from kvd.router.steering import Worker
 from kvd.router.tenants import Tenants
+from kvd.settingsfile import ROUTER, load, read, read_toml
 
 DEFAULT_FILE = Path("/etc/kvd/router.toml")
-_PREFIX = "KVD_ROUTER_"
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 MIB = 1 << 20
 
@@ -84,7 +83,7 @@ class RouterSettings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        env_prefix=_PREFIX,
+        env_prefix=ROUTER,
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
     )
@@ -122,19 +121,16 @@ class RouterSettings(BaseSettings):
 
     def read_tenants(self) -> Tenants:
         """From the files. Raises SettingsError."""
-        secret = _read(self.tenants.secret_file).strip() if self.tenants.secret_file else b""
+        secret = read(self.tenants.secret_file).strip() if self.tenants.secret_file else b""
         if self.tenants.keys_file is None:
             return Tenants([], secret)
-        try:
-            sections = tomllib.loads(_read(self.tenants.keys_file).decode())
-        except ValueError as error:
-            raise SettingsError(f"{self.tenants.keys_file} is not TOML: {error}", "fix that line") from error
+        sections = read_toml(self.tenants.keys_file)
         if not sections:
             raise SettingsError(f"{self.tenants.keys_file} names no tenant", "then nobody could use the router")
         return Tenants.read(sections, secret)
 
     def read_worker_key(self) -> bytes | None:
-        return _read(self.worker_key_file).strip() if self.worker_key_file else None
+        return read(self.worker_key_file).strip() if self.worker_key_file else None
 
 
 def worker_at(url: str) -> Worker:
@@ -147,56 +143,6 @@ def worker_at(url: str) -> Worker:
 
 def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:
     """Read file and environment; `given` wins over both. Raises SettingsError naming the key and the remedy."""
-    values: dict[str, Any] = {}
     if file is None and DEFAULT_FILE.exists():
         file = DEFAULT_FILE
-    if file is not None:
-        try:
-            values = tomllib.loads(_read(file).decode())
-        except ValueError as error:
-            raise SettingsError(f"{file} is not TOML: {error}", "fix that line") from error
-    known = _known_variables()
-    for name in environ:
-        if name.startswith(_PREFIX) and name not in known:
-            raise SettingsError(f"unknown environment variable {name}", f"known are {', '.join(sorted(known))}")
-    for name in known & environ.keys():
-        _drop(values, name.removeprefix(_PREFIX).lower().split("__"))  # the environment wins over the file
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            values[name] = {**values.get(name, {}), **value}
-        else:
-            values[name] = value
-    try:
-        return RouterSettings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        source = f"{file} or the environment" if file else "the environment or the command line"
-        raise SettingsError(f"{where}: {first['msg']}", f"correct it in {source}") from error
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"cannot read {file}: {error.strerror}", "check the path and its permissions") from error
-
-
-def _known_variables() -> set[str]:
-    names: set[str] = set()
-    for name, field in RouterSettings.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names |= {f"{_PREFIX}{name}__{key}".upper() for key in inner.model_fields}
-        else:
-            names.add(f"{_PREFIX}{name}".upper())
-    return names
-
-
-def _drop(values: dict[str, Any], path: list[str]) -> None:
-    for part in path[:-1]:
-        inner = values.get(part)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    values.pop(path[-1], None)
+    return load(RouterSettings, ROUTER, file, environ, given)

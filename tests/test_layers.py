@@ -38,17 +38,19 @@ IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}
 STANDARD = set(sys.stdlib_module_names)
 
-# Room -> what it may import of kvd. The core is every module directly under kvd/ but settings and main.
+# Room -> what it may import of kvd. The core is every module directly under kvd/ but settings,
+# what programs' settings share, and main: no worker has what those need.
 CORE = "core"
 MAY = {
     CORE: {CORE},
     "storage": {CORE, "storage"},
     "daemon": {CORE, "storage", "daemon", "settings"},
     "sidecar": {CORE, "sidecar"},
-    "router": {CORE, "router"},
+    "router": {CORE, "router", "settingsfile"},
     "planner": {CORE, "planner"},
     "ctl": {CORE, "ctl", "settings", "storage", "router"},
-    "settings": {CORE},
+    "settings": {CORE, "settingsfile"},
+    "settingsfile": {CORE},
     "main": {CORE, "daemon", "settings"},
 }
 
@@ -83,7 +85,7 @@ def imports(path: Path) -> set[str]:
 
 def room(module: str) -> str:
     parts = module.split(".")
-    if len(parts) > 1 and parts[1] in {*ROOMS, "daemon", "ctl", "settings", "main"}:
+    if len(parts) > 1 and parts[1] in {*ROOMS, "daemon", "ctl", "settings", "settingsfile", "main"}:
         return parts[1]
     return CORE
 

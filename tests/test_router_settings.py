@@ -55,6 +55,14 @@ def test_an_unknown_variable_is_refused() -> None:
         load_router_settings(None, {"KVD_ROUTER_PORT": "5"}, {})
 
 
+def test_a_list_in_a_variable_that_is_not_json_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVD_ROUTER_WORKERS", "http://a:1")
+    with pytest.raises(SettingsError) as caught:
+        load_router_settings(None, {"KVD_ROUTER_WORKERS": "http://a:1"}, {})
+    assert "workers" in str(caught.value)
+    assert "JSON" in caught.value.hint
+
+
 def test_the_router_itself_ends_with_78_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvd.router.main", "--worker", "http://127.0.0.1:1", "--host", "192.0.2.1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

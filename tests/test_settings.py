@@ -85,6 +85,18 @@ def test_snapshots_are_asked_for_beside_the_events() -> None:
         assert load_daemon_settings(None, {}).events.model_copy(update={"endpoint": endpoint}).replay == replay
 
 
+def test_the_routers_variables_are_the_routers_business() -> None:
+    with_routers = load_daemon_settings(None, {"KVD_ROUTER_LISTEN__PORT": "1", "KVD_ROUTER_NONSENSE": "x"})
+    assert with_routers == load_daemon_settings(None, {})
+
+
+def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
+    file = tmp_path / "kvd.toml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="is not TOML"):
+        load_daemon_settings(file, {})
+
+
 def test_an_unknown_variable_is_refused() -> None:
     with pytest.raises(SettingsError, match="KVD_ARENA_SIZE"):
         load_daemon_settings(None, {"KVD_ARENA_SIZE": "5"})
