@@ -184,13 +184,23 @@ def test_all_records_are_read_whatever_their_shape(
 
 
 def test_a_write_that_fails_costs_its_page_only(tmp_path: Path) -> None:
-    samples = [sample(n, LENGTH) for n in range(6)]
+    samples = [sample(n, LENGTH + 4096 * n) for n in range(6)]  # each in a segment of its own
     with reopened(tmp_path) as tier:
         failpoints.arm("segments.write:3:eio")
         assert sorted(put(tier, *samples)) == [False] + [True] * 5
         assert tier.counters["write_error"] == 1
         assert put(tier, *samples) == [True] * 6
         assert all(absent_or_right(tier, samples))
+
+
+def test_neighbours_that_could_not_be_written_together_are_written_one_by_one(tmp_path: Path) -> None:
+    samples = [sample(n, LENGTH) for n in range(6)]
+    with reopened(tmp_path) as tier:
+        failpoints.arm("segments.write:1:eio")
+        assert put(tier, *samples) == [True] * 6
+        assert tier.counters["write_error"] == 0
+    with reopened(tmp_path) as tier:
+        assert get(tier, *samples) == samples
 
 
 def test_a_barrier_that_fails_acknowledges_nothing(tmp_path: Path) -> None:

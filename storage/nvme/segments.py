@@ -182,7 +182,7 @@ class Segments:
     # -- payloads ------------------------------------------------------------------------------------------
 
     def write(self, slot: int, buffers: Buffers) -> None:
-        """All shards of a page into its slot; durable after `sync`."""
+        """All shards of a page, or of the pages of neighbouring slots, from a slot on; durable after `sync`."""
         reach("segments.write")
         with _straight(buffers, fill=True) as vectors:
             descriptor, offset = self._place(slot)
