@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB
+from tests.harness import MIB, eventually
 
 
 class XfsDisk:
@@ -32,7 +32,9 @@ class XfsDisk:
         self._mount()
 
     def close(self) -> None:
+        """A mount namespace that was made meanwhile, by whatever container, has a copy: until it ends, so has the disk."""
         run("umount", self.mount_point)
+        eventually(lambda: not run("losetup", "-j", self._image), 180, "nobody else holds the disk")
 
     def _mount(self) -> None:
         run("mount", "-o", "loop", self._image, self.mount_point)
@@ -55,8 +57,9 @@ def xfs_disk(folder: Path) -> Iterator[XfsDisk]:
         disk.close()
 
 
-def run(*command: object) -> None:
-    """Raises OSError where it fails."""
+def run(*command: object) -> str:
+    """What it says. Raises OSError where it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.strip() or f"{command[0]} failed")
+    return done.stdout
