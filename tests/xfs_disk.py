@@ -32,7 +32,7 @@ class XfsDisk:
         self._mount()
 
     def close(self) -> None:
-        """A mount namespace that was made meanwhile, by whatever container, has a copy: until it ends, so has the disk."""
+        """A mount namespace that was made meanwhile (a container) has a copy: until it ends, the disk has power."""
         run("umount", self.mount_point)
         eventually(lambda: not run("losetup", "-j", self._image), 180, "nobody else holds the disk")
 
