@@ -7,7 +7,7 @@ invisible; a lifecycle rule of the bucket removes it. Objects never change, so o
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -39,6 +39,9 @@ class Bucket:
             found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
         skip = len(self._root) + 1
         return [Entry(info.path[skip:], info.size) for info in found if info.type == fs.FileType.File]
+
+    def settle(self, paths: Collection[str]) -> None:
+        """An object is seen when it is kept."""
 
     def publish(self, path: str, parts: Sequence[memoryview], size: int, direct: bool) -> None:
         with _as_os_errors():

@@ -4,7 +4,7 @@ Paths are relative: "node/file". Files are published whole, never changed, and d
 OSError; FileNotFoundError means that the file is not there, and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from kvd.storage.tier import Buffers
@@ -37,6 +37,10 @@ class Depot(Protocol):
 
     def entries(self) -> list[Entry]:
         """Everything there, one folder deep; a file published before the call began is in it."""
+        ...
+
+    def settle(self, paths: Collection[str]) -> None:
+        """Files that were listed here survive power loss when this returns, as if their writers had come so far."""
         ...
 
     def publish(self, path: str, parts: Sequence[memoryview], size: int, direct: bool) -> None:

@@ -6,9 +6,10 @@ file with one copy, or with none where the file system does O_DIRECT and everyth
 mapped: a shared file system that goes away must be an error, not a signal.
 """
 
+import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,8 @@ ALIGN: Final = 4096
 _MOST_PARTS: Final = 1024  # IOV_MAX
 _MOST_AT_ONCE: Final = 16 << 20
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW
+# Gone since, or a file system that is read here only, or that takes no such call for folders.
+_NOTHING_TO_SYNC: Final = (errno.ENOENT, errno.EROFS, errno.EINVAL, errno.ENOTSUP)
 
 _gap = memoryview(mmap.mmap(-1, 16 << 10))  # where what lies between two payloads goes; nobody reads it
 
@@ -47,6 +50,16 @@ class Folder:
                     except FileNotFoundError:
                         continue  # deleted, or renamed into place, while we look
         return found
+
+    def settle(self, paths: Collection[str]) -> None:
+        """A file has its name before its folder is synced: by the writer, or by who counts on it if that is sooner."""
+        folders = {(self._root / path).parent for path in paths}
+        for folder in (self._root, *folders) if folders else ():
+            try:
+                _sync(folder)
+            except OSError as error:
+                if error.errno not in _NOTHING_TO_SYNC:
+                    raise
 
     def publish(self, path: str, parts: Sequence[memoryview], size: int, direct: bool) -> None:
         target = self._root / path

@@ -72,8 +72,9 @@ class SharedFiles:
             known = set(self.sizes)  # a file of ours that is published from now on may be missing in the list
         with as_tier_errors():
             entries = self.depot.entries()
-        new = [entry for entry in entries if entry.path not in known and entry.path not in self._ignored]
-        ours = [(entry, match) for entry in new if (match := _FILE.fullmatch(entry.path))]
+            new = [entry for entry in entries if entry.path not in known and entry.path not in self._ignored]
+            ours = [(entry, match) for entry in new if (match := _FILE.fullmatch(entry.path))]
+            self.depot.settle([entry.path for entry, _ in ours])
         # Graves first, so that what is in one does not come and go.
         for kind, read in (("graves", self._read_graves), ("pages", self._read_pages)):
             list(self._pool.map(read, [entry for entry, match in ours if match[3] == kind]))
