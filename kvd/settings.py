@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvd.places import run_dir
-from kvd.settingsfile import NODE, load
+from kvd.settingsfile import NODE, described, load
 
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -217,35 +217,12 @@ def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> Daemo
 
 def example() -> str:
     """deploy/kvd.toml: every setting with its default and what it does, commented out."""
+    shown = {"run_dir": '"/run/kvd"', "socket_mode": "0o660"}
     lines = [
         "# kvd's settings, with their defaults. Or as variables: KVD_MAX_SESSIONS=..., KVD_ARENA__SIZE_BYTES=...",
         "",
+        *described(DaemonSettings, shown),
+        *("# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""),
+        *described(TenantSettings),
     ]
-
-    def add(model: type[BaseModel]) -> None:
-        for name, field in model.model_fields.items():
-            if name == "tenants" or (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-                continue
-            default = "/run/kvd" if name == "run_dir" else field.default
-            if default is None:
-                shown = '""' if field.annotation in (Path | None, str | None) else "..."
-            elif default == ():
-                shown = "[]"
-            elif isinstance(default, str):
-                shown = f'"{default}"'
-            else:
-                shown = f"0o{default:o}" if name == "socket_mode" else str(default).lower()
-            lines.extend([f"# {field.description}", f"# {name} = {shown}", ""])
-
-    add(DaemonSettings)
-    for name, tier in (
-        ("arena", ArenaSettings),
-        ("nvme", NvmeSettings),
-        ("shared", SharedSettings),
-        ("events", EventSettings),
-    ):
-        lines.extend([f"[{name}]", ""])
-        add(tier)
-    lines.extend(["# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""])
-    add(TenantSettings)
     return "\n".join(lines).rstrip() + "\n"

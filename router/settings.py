@@ -16,7 +16,7 @@ from kvd.errors import SettingsError
 from kvd.router.proxy.house import Limits
 from kvd.router.steering import Worker
 from kvd.router.tenants import Tenants
-from kvd.settingsfile import ROUTER, load, read, read_toml
+from kvd.settingsfile import ROUTER, described, load, read, read_toml
 
 DEFAULT_FILE = Path("/etc/kvd/router.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -146,3 +146,14 @@ def load_router_settings(file: Path | None, environ: Mapping[str, str], given: M
     if file is None and DEFAULT_FILE.exists():
         file = DEFAULT_FILE
     return load(RouterSettings, ROUTER, file, environ, given)
+
+
+def example() -> str:
+    """deploy/router.toml: every setting with its default and what it does, commented out."""
+    lines = [
+        "# kvd-router's settings, with their defaults. Or as variables: KVD_ROUTER_DRAIN_S=..., "
+        "KVD_ROUTER_LISTEN__PORT=...",
+        "",
+        *described(RouterSettings),
+    ]
+    return "\n".join(lines).rstrip() + "\n"

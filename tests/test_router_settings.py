@@ -1,5 +1,6 @@
 """The router's settings: what is wrong is named with its remedy, before anybody is served."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from kvd.errors import SettingsError
-from kvd.router.settings import load_router_settings
+from kvd.router.settings import example, load_router_settings
 from tests.harness import eventually
 from tests.router_harness import MockWorker, Router, post
 
@@ -61,6 +62,26 @@ def test_a_list_in_a_variable_that_is_not_json_is_named_with_the_remedy(monkeypa
         load_router_settings(None, {"KVD_ROUTER_WORKERS": "http://a:1"}, {})
     assert "workers" in str(caught.value)
     assert "JSON" in caught.value.hint
+
+
+def test_how_kvdctl_finds_the_router_is_no_setting_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(WORKERS)
+    environ = {"KVD_ROUTER_URL": "http://127.0.0.1:30080", "KVD_ROUTER_KEY": "secret"}
+    assert load_router_settings(file, environ, {}) == load_router_settings(file, {}, {})
+
+
+def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "deploy/router.toml").read_text()
+    assert text == example(), "run: kvd-router --example-config > deploy/router.toml"
+    lines = [line.removeprefix("# ") for line in text.splitlines()]
+    lines = [line for line in lines if re.match(r"\w+ = (?!\"\"$|\.\.\.$|\[\]$)|\[", line)]  # what has a default
+    uncommented = tmp_path / "router.toml"
+    uncommented.write_text(WORKERS + "\n".join(lines))
+    (tmp_path / "plain.toml").write_text(WORKERS)
+    plain = load_router_settings(tmp_path / "plain.toml", {}, {})
+    assert load_router_settings(uncommented, {}, {}) == plain
+    assert len(lines) > 15
 
 
 def test_the_router_itself_ends_with_78_and_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from kvd import systemd
 from tests.harness import Daemon
 
 ROOT = Path(__file__).parents[1]
-UNIT = ROOT / "deploy/systemd/kvd.service"
+UNITS = ROOT / "deploy/systemd"
+UNIT = UNITS / "kvd.service"
 needs_analyze = pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt install systemd"
 )
@@ -27,15 +28,20 @@ needs_boot = pytest.mark.skipif(
 
 
 @needs_analyze
-def test_the_unit_is_correct_and_hardened(tmp_path: Path) -> None:
-    copy = tmp_path / "kvd.service"
-    copy.write_text(UNIT.read_text().replace("User=kvd\nGroup=kvd\n", ""))  # the user is made by sysusers, not here
+@pytest.mark.parametrize("user", ["kvd", "kvd-router"])
+def test_the_unit_is_correct_and_hardened(user: str, tmp_path: Path) -> None:
+    unit = UNITS / f"{user}.service"
+    copy = tmp_path / unit.name
+    text = unit.read_text()
+    assert f"User={user}\nGroup={user}\n" in text
+    copy.write_text(text.replace(f"User={user}\nGroup={user}\n", ""))  # the user is made by sysusers, not here
+    assert f"u {user} - " in (UNITS / "kvd.sysusers").read_text()
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, check=False
     )
-    assert "kvd.service" not in verified.stderr, verified.stderr
+    assert unit.name not in verified.stderr, verified.stderr
     rated = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNIT],
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert rated.returncode == 0, rated.stdout
