@@ -118,7 +118,12 @@ class LeastBusy:
             self._refuse(ticket.item, "no worker was free in time")
         self._wake(now)
 
+    def running(self, name: str) -> int:
+        """How many requests it has of ours."""
+        load = self._loads.get(name)
+        return load.requests if load is not None else 0
+
     def describe(self) -> dict[str, float]:
         numbers: dict[str, float] = {"waiting": len(self._queue)}
         numbers |= {f'running{{worker="{name}"}}': load.requests for name, load in self._loads.items()}
-        return numbers | {f'outcomes{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}
+        return numbers | {f'outcomes_total{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}

@@ -72,7 +72,26 @@ class MockWorker:
         self.process.stdout.close()
 
 
-class Router:
+class Served:
+    """Whatever listens at a port here."""
+
+    port: int
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def talk(self, sent: bytes, timeout_s: float = 5.0) -> bytes:
+        """Everything that comes back until the router closes, or says nothing for `timeout_s`."""
+        with self.connect() as sock:
+            sock.settimeout(timeout_s)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(sent)
+            return drain(sock)
+
+
+class Router(Served):
     """A real `kvd-router` process. `stop` checks that it ended well."""
 
     def __init__(self, folder: Path, *workers: str, port: int = 0, **settings: object) -> None:
@@ -100,21 +119,8 @@ class Router:
 
     def metrics(self) -> dict[str, float]:
         with urllib.request.urlopen(f"{self.url}/kvd/metrics", timeout=10) as reply:
-            lines = [line.rpartition(" ") for line in reply.read().decode().splitlines()]
+            lines = [line.rpartition(" ") for line in reply.read().decode().splitlines() if line[0] != "#"]
         return {name.removeprefix("kvd_router_"): float(value) for name, _, value in lines}
-
-    def connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def talk(self, sent: bytes, timeout_s: float = 5.0) -> bytes:
-        """Everything that comes back until the router closes, or says nothing for `timeout_s`."""
-        with self.connect() as sock:
-            sock.settimeout(timeout_s)
-            with suppress(BrokenPipeError, ConnectionResetError):
-                sock.sendall(sent)
-            return drain(sock)
 
     def stop(self, timeout_s: float = 20.0) -> None:
         """A clean stop."""
@@ -134,6 +140,37 @@ class Router:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+
+
+class ToldRouter(Served):
+    """tests.told_router in processes that share a port."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.port = free_port() if processes > 1 else 0
+        self._processes: list[subprocess.Popen[str]] = []
+        command = [sys.executable, "-m", "tests.told_router"]
+        for _ in range(processes):
+            arguments = [str(self.port), str(processes)]
+            self._processes.append(
+                subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            )
+        for process in self._processes:
+            assert process.stdout is not None
+            self.port = int(process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def __enter__(self) -> "ToldRouter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 def free_port() -> int:
