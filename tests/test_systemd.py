@@ -1,4 +1,5 @@
-"""The unit: correct, hardened, and in a really booted systemd it keeps the RAM tier through kill -9 and restart."""
+"""The units: correct, hardened; in a really booted systemd kvd keeps the RAM tier through kill -9 and restart, and the
+router comes back and stops cleanly."""
 
 import json
 import os
@@ -122,11 +123,20 @@ ExecStart={python} -m kvd.main
 Environment=PYTHONPATH={root} KVD_ARENA__SIZE_BYTES=67108864 KVD_ARENA__EXTENT_BYTES=8388608
 WatchdogSec=2
 """
+ROUTER_DROP_IN = """[Service]
+User=root
+Group=root
+ProtectHome=no
+PrivateTmp=no
+ExecStart=
+ExecStart={python} -m kvd.router.main --worker http://127.0.0.1:9
+Environment=PYTHONPATH={root} KVD_ROUTER_LISTEN__PROCESSES=2
+"""
 SELFTEST = """[Unit]
 After=basic.target
 [Service]
 Type=oneshot
-TimeoutStartSec=60
+TimeoutStartSec=90
 Environment=PYTHONPATH={root}
 ExecStart={python} {root}/tests/systemd_selftest.py /run/kvd-out/result.json
 ExecStopPost=/bin/systemctl poweroff --no-block
@@ -136,14 +146,16 @@ TARGET = "[Unit]\nRequires=basic.target\nAfter=basic.target\nAllowIsolate=yes\nW
 
 @needs_boot
 @pytest.mark.timeout(180)
-def test_in_a_booted_systemd_pages_survive_kill_9_restart_and_watchdog(tmp_path: Path) -> None:
+def test_in_a_booted_systemd_both_survive_kill_9_and_pages_restart_and_watchdog(tmp_path: Path) -> None:
     units, out, layers = tmp_path / "units", tmp_path / "out", tmp_path / "layers"
-    (units / "kvd.service.d").mkdir(parents=True)
+    units.mkdir()
     out.mkdir()
     layers.mkdir()
     places = {"python": sys.executable, "root": ROOT}
-    shutil.copy(UNIT, units)
-    (units / "kvd.service.d/test.conf").write_text(DROP_IN.format(**places))
+    for unit, drop_in in (("kvd.service", DROP_IN), ("kvd-router.service", ROUTER_DROP_IN)):
+        shutil.copy(UNITS / unit, units)
+        (units / f"{unit}.d").mkdir()
+        (units / f"{unit}.d/test.conf").write_text(drop_in.format(**places))
     (units / "kvdselftest.service").write_text(SELFTEST.format(**places))
     (units / "kvdtest.target").write_text(TARGET)
     script = f"""
@@ -171,4 +183,7 @@ def test_in_a_booted_systemd_pages_survive_kill_9_restart_and_watchdog(tmp_path:
         "after restart": 20,
         "after the watchdog": 20,
         "after stop and start": 0,
+        "router": "ok",
+        "router after kill -9": "ok",
+        "router stopped": "success",
     }, f"{seen}\n{journal}"
