@@ -4,11 +4,7 @@ A router may be several processes on one port, each of which knows what it did i
 the kernel for each connection, so whoever wants them all asks on new connections until each has answered.
 """
 
-import http.client
 import os
-import ssl
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -16,15 +12,15 @@ from urllib.parse import quote, urlencode, urlsplit
 import msgspec
 import typer
 
-from kvd.errors import DeadlineMissed, KvdError, PeerError, Refused, Unavailable
+from kvd.errors import KvdError, PeerError, Refused, Unavailable
 from kvd.router.pages import replies
 
 DEFAULT_URL: Final = "http://127.0.0.1:30080"
 URL_VARIABLE, KEY_VARIABLE = "KVD_ROUTER_URL", "KVD_ROUTER_KEY"
 TIMEOUT_S: Final = 3.0  # of one answer; a healthy router needs milliseconds
-_MOST_BYTES: Final = 64 << 20
 _MISDIRECTED: Final = 421
 _TRIES: Final = 20  # connections for each process that is looked for
+_MOST_PROCESSES: Final = 64  # that a router can be
 
 R = TypeVar("R", bound=replies.Reply)
 
@@ -47,15 +43,14 @@ class RouterLink:
     KvdError."""
 
     def __init__(self, url: str, key: str, timeout_s: float = TIMEOUT_S) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise KvdError(f"{url!r} is no router's address", f"it looks like {DEFAULT_URL}")
         try:
-            port = parts.port
-        except ValueError as error:
-            raise KvdError(f"{url!r} is no router's address: {error}", f"it looks like {DEFAULT_URL}") from error
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or parts.path.strip("/") or parts.query or parts.username is not None:
+            raise KvdError(f"{url!r} is no router's address", f"it looks like {DEFAULT_URL}")
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._host, self._port, self._tls = parts.hostname, port, parts.scheme == "https"
         self._key = key
         self._timeout_s = timeout_s
 
@@ -68,7 +63,7 @@ class RouterLink:
         """What every process says."""
         first = self.ask(path, kind, **query)
         found = {first.pid: first}
-        for _ in range(_TRIES * first.processes):
+        for _ in range(_TRIES * min(first.processes, _MOST_PROCESSES)):
             if len(found) >= first.processes:
                 return list(found.values())
             said = self.ask(path, kind, **query)
@@ -82,7 +77,7 @@ class RouterLink:
         body = msgspec.json.encode(replies.Change(worker))
         for one in self.ask_all("/kvd/workers", replies.Workers):
             path = f"/kvd/workers/{what}{_query({'pid': str(one.pid)})}"
-            for _ in range(_TRIES * one.processes):
+            for _ in range(_TRIES * min(one.processes, _MOST_PROCESSES)):
                 status, answer = self._exchange("POST", path, body)
                 if status != _MISDIRECTED:
                     _decoded(replies.Changed, self._checked(status, answer))
@@ -94,35 +89,9 @@ class RouterLink:
                 )
 
     def _exchange(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
-        with self._translated(), closing(self._connection()) as connection:
-            headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-            connection.request(method, target, body or None, headers | {"content-type": "application/json"})
-            reply = connection.getresponse()
-            said = reply.read(_MOST_BYTES + 1)
-            if len(said) > _MOST_BYTES:
-                raise PeerError(f"what answers at {self.url} is no kvd-router: it does not stop", "check the URL")
-            return reply.status, said
+        from kvd.ctl.router.overhttp import exchange  # what it needs takes longer to load than most commands to run
 
-    def _connection(self) -> http.client.HTTPConnection:
-        if self._tls:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=context)
-        return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        where = f"start it (kvd-router), or say where it is: --router URL or {URL_VARIABLE}"
-        try:
-            yield
-        except TimeoutError as error:
-            raise DeadlineMissed(
-                f"the router at {self.url} did not answer within {self._timeout_s:g} s",
-                "is its machine up, and is the process starved of CPU? look at its log",
-            ) from error
-        except OSError as error:
-            raise Unavailable(f"no router at {self.url}: {error.strerror or error}", where) from error
-        except (http.client.HTTPException, ValueError) as error:
-            raise PeerError(f"what answers at {self.url} does not speak HTTP: {error!r}", "check the URL") from error
+        return exchange(self.url, method, target, body, self._key, self._timeout_s)
 
     def _checked(self, status: int, body: bytes) -> bytes:
         if status == 200:
