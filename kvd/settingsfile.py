@@ -7,9 +7,10 @@ refused; variables of another program of ours, whose prefix is longer, are its o
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_origin
+from typing import Any, Final, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 from pydantic_settings import SettingsError as NotJson
 
@@ -67,14 +68,16 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 def described(model: type[BaseModel], shown: Mapping[str, str] = _NONE) -> list[str]:
     """The lines of an example file: every setting with its default and what it does, commented out, parts of it as
-    sections. `shown`: what stands for a default that is another's to say. Tables with names of the operator's choice
-    are left out."""
+    sections; of a list of tables one of them. `shown`: what stands for a default that is another's to say. Tables with
+    names of the operator's choice are left out."""
     lines: list[str] = []
     sections: list[str] = []
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections += [f"[{name}]", "", *described(inner, shown)]
+        elif get_origin(inner) is list and issubclass(part := get_args(inner)[0], BaseModel):
+            sections += [f"# {field.description}", f"# [[{name}]]", "", *described(part, shown)]
         elif get_origin(inner) is not dict:
             default = shown.get(name) or _as_toml(field.default, inner)
             lines += [f"# {field.description}", f"# {name} = {default}", ""]
@@ -82,6 +85,8 @@ def described(model: type[BaseModel], shown: Mapping[str, str] = _NONE) -> list[
 
 
 def _as_toml(default: Any, annotation: Any) -> str:
+    if default is PydanticUndefined:
+        return "..."
     if default is None:
         return '""' if annotation in (Path | None, str | None) else "..."
     if isinstance(default, list | tuple):

@@ -245,8 +245,9 @@ def test_what_is_listed_is_bounded_and_what_is_left_out_is_counted() -> None:
 
 def test_recent_figures_are_of_a_minute_and_of_what_is_known() -> None:
     decisions = decided(100)
-    decisions.first_token("r98", 98.75)
-    decisions.ended("r98", 99.0, "answered", cached=64)
+    made = decisions.find("r98")
+    assert made is not None
+    made.first_at, made.ended_at, made.cached = 98.75, 99.0, 64
     found = telling.recent(decisions, 99.0)
     assert (found["w0"].requests, found["w1"].requests) == (30, 31)  # of 39 to 99
     lately = found["w0"]

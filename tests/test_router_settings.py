@@ -75,7 +75,7 @@ def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "deploy/router.toml").read_text()
     assert text == example(), "run: kvd-router --example-config > deploy/router.toml"
     lines = [line.removeprefix("# ") for line in text.splitlines()]
-    lines = [line for line in lines if re.match(r"\w+ = (?!\"\"$|\.\.\.$|\[\]$)|\[", line)]  # what has a default
+    lines = [line for line in lines if re.match(r"\w+ = (?!\"\"$|\.\.\.$|\[\]$)|\[\w", line)]  # what has a default
     uncommented = tmp_path / "router.toml"
     uncommented.write_text(WORKERS + "\n".join(lines))
     (tmp_path / "plain.toml").write_text(WORKERS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import uvloop
 
 from kvd.errors import KvdError, Refused
-from kvd.router.decisions import Decisions
+from kvd.router.decisions import Decisions, Made
 from kvd.router.leastbusy import LeastBusy
 from kvd.router.ledger import Ledger
 from kvd.router.load import Load
@@ -97,18 +97,17 @@ def chosen(now: float) -> Decisions:
         Candidate(C, Matched(), Load()),
     ]
 
-    def decide(name: str, at: float, by: Kvd | Lmetric = kvd, among: list[Candidate] = candidates) -> None:
+    def decide(name: str, at: float, by: Kvd | Lmetric = kvd, among: list[Candidate] = candidates) -> Made:
         request = Request(name, 4096, range(4096 // BLOCK), BLOCK)
-        decisions.add(request, by.choose(request, among, now - at), now - at)
+        return decisions.add(request, by.choose(request, among, now - at), now - at)
 
     decide("lone", 9.0, among=candidates[:1])
     decide("blocks", 8.0, lmetric)
-    decide("twice", 7.0)
-    decisions.ended("twice", now - 6.9, "unreachable")
+    failed = decide("twice", 7.0)
+    failed.ended_at, failed.outcome = now - 6.9, "unreachable"
     decide("twice", 6.8, among=candidates[1:])
-    decide("answered", 5.0)
-    decisions.first_token("answered", now - 4.75)
-    decisions.ended("answered", now - 2.0, "answered", cached=3584)
+    made = decide("answered", 5.0)
+    made.first_at, made.ended_at, made.outcome, made.cached = now - 4.75, now - 2.0, "answered", 3584
     decide("open", 1.0)
     return decisions
 
