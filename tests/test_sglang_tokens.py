@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from kvd.router.asking import Asker
+from kvd.router.steering import Worker
+from kvd.router.tokens.parity import Verdict
 from kvd.router.tokens.probe import Probe
 from kvd.router.tokens.requests import CHAT, Tokeniser
 from kvd.router.tokens.serving import Serving
@@ -16,11 +19,19 @@ from tools.demo.node import MODEL
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+async def verdict_of(port: int, tokeniser: Tokeniser) -> Verdict:
+    asker = Asker(Worker("sglang", "127.0.0.1", port))
+    try:
+        return await Probe(asker, tokeniser).once()
+    finally:
+        asker.close()
+
+
 def test_a_real_worker_is_equal_and_counts_the_same_prompt_tokens() -> None:
     with worker("tokens", None) as server:
         told = json.loads(server.request("GET", "/server_info"))
         tokeniser = Tokeniser.open(MODEL, Serving.of(told))
-        verdict = asyncio.run(Probe("127.0.0.1", server.port, tokeniser).once())
+        verdict = asyncio.run(verdict_of(server.port, tokeniser))
         assert verdict.state == "equal", verdict
         compared = 0
         for path, body in CASES:
