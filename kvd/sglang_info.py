@@ -36,8 +36,8 @@ def life(info: Any) -> str:
     if not isinstance(info, dict):
         return ""
     states = info.get("internal_states")
-    starts = [state.get("startup_time") for state in states if isinstance(state, dict)] if isinstance(states, list) else []
-    starts = sorted(json.dumps(start, sort_keys=True) for start in starts if start)
+    ranks = [state for state in states if isinstance(state, dict)] if isinstance(states, list) else []
+    starts = sorted(json.dumps(rank["startup_time"], sort_keys=True) for rank in ranks if rank.get("startup_time"))
     name = server(info)
     if not name and not starts:
         return ""

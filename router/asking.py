@@ -1,7 +1,7 @@
 """The router's own questions to a worker: small, bounded, over connections that stay open between them.
 
-Raises Unavailable, and nothing else, whatever a worker does: no answer in time, too much of one, no HTTP, another status
-than 200. A question that went into a connection just closing is asked once more; none of them changes a worker.
+Raises Unavailable, and nothing else, whatever a worker does: no answer in time, too much of one, no HTTP, another
+status than 200. A question that went into a connection just closing is asked once more; none of them changes a worker.
 """
 
 import asyncio
@@ -62,16 +62,20 @@ class Asker:
 
     async def ask(self, method: str, path: str, body: bytes = b"", within_s: float = 2.0) -> bytes:
         """The body of the answer, which has status 200."""
-        try:
-            async with asyncio.timeout(within_s):
-                status, said = await self._exchange(method, path, body)
-        except TimeoutError:
-            raise self._unavailable(path, f"no answer within {within_s:g} s") from None
-        except Lost as lost:
-            raise self._unavailable(path, str(lost)) from lost
+        status, said = await self.answer(method, path, body, within_s)
         if status != 200:
             raise self._unavailable(path, f"status {status} {said[:200].decode(errors='replace')}".rstrip())
         return said
+
+    async def answer(self, method: str, path: str, body: bytes = b"", within_s: float = 2.0) -> tuple[int, bytes]:
+        """Status and body, whatever they are."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._exchange(method, path, body)
+        except TimeoutError:
+            raise self._unavailable(path, f"no answer within {within_s:g} s") from None
+        except (Lost, ValueError) as lost:  # ValueError: its host is no name that could be looked up
+            raise self._unavailable(path, str(lost)) from lost
 
     def close(self) -> None:
         self._pool.close()

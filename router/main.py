@@ -22,6 +22,7 @@ import uvloop
 
 from kvd import __version__, systemd
 from kvd.errors import KvdError, SettingsError
+from kvd.router.fleet.fleet import Fleet
 from kvd.router.leastbusy import LeastBusy
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House
@@ -72,8 +73,12 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
 
     loop.set_exception_handler(failed)
     workers = settings.read_workers()
+    fleet = Fleet(workers.values(), settings.read_fleet())
     steering = LeastBusy(list(workers.values()), settings.queue.each, settings.queue.waiting)
-    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), settings.read_worker_key())
+    house = House(
+        workers, steering, settings.read_tenants(), settings.read_limits(), settings.read_worker_key(), fleet.describe
+    )
+    fleet.attach(steering, house)
     server = await loop.create_server(lambda: Client(house), sock=sock, backlog=_BACKLOG)
     gc.freeze()  # what lives as long as the process is not looked at again
 
@@ -83,14 +88,16 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
             house.tick(loop.time())
 
     async with asyncio.TaskGroup() as group:
-        ticking = group.create_task(tick(), name="tick")
+        jobs = [group.create_task(tick(), name="tick"), group.create_task(fleet.run(), name="fleet")]
         log.info("kvd-router %s serves %d workers at %s:%d", __version__, len(workers), *sock.getsockname()[:2])
         _tell(ready, f"READY=1\nSTATUS={len(workers)} workers")
         await stop
         _tell(ready, "STOPPING=1")
         server.close()
         await house.drain(settings.drain_s)
-        ticking.cancel()
+        for job in jobs:
+            job.cancel()
+    fleet.close()
 
 
 def _tell(ready: int | None, state: str) -> None:

@@ -22,9 +22,10 @@ _TIERS: Final = {GPU: "gpu", "CPU_PINNED": "ram", wire.RAM: "ram", wire.NVME: "n
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as its node knows it. `namespaces`: those of the node's kvd that are of its model, in hex."""
+    """A worker as its node knows it. `namespaces`: those of the node's kvd that it can load from, in hex."""
 
     node: str
+    worker: str  # its URL there
     block_tokens: int
     namespaces: frozenset[str] = frozenset()
 
@@ -37,7 +38,7 @@ def matched(
 
     `found`: leading blocks by holder, from `Index.match`. `sure`: whether all that this holder said is known.
     """
-    of_worker: dict[str, dict[str, int]] = {}
+    of_worker: dict[tuple[str, str], dict[str, int]] = {}  # (node, URL there)
     of_node: dict[str, dict[tuple[str, str], int]] = {}  # (namespace, tier)
     for number, blocks in found.items():
         where = place(number)
@@ -45,14 +46,14 @@ def matched(
         if where is None or tier is None or not sure(number):
             continue
         if where.worker:
-            has = of_worker.setdefault(where.worker, {})
+            has = of_worker.setdefault((where.node, where.worker), {})
             has[tier] = max(blocks, has.get(tier, 0))
         else:
             there = of_node.setdefault(where.node, {})
             there[where.namespace, tier] = max(blocks, there.get((where.namespace, tier), 0))
     result: dict[str, Matched] = {}
     for name, member in members.items():
-        has = dict(of_worker.get(name, {}))
+        has = dict(of_worker.get((member.node, member.worker), {}))
         for (namespace, tier), blocks in of_node.get(member.node, {}).items():
             if namespace in member.namespaces:
                 has[tier] = max(blocks, has.get(tier, 0))

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 class MockWorker:
     """tests.mock_worker in a process."""
 
-    def __init__(self, **mood: object) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1", **mood: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.mock_worker"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.mock_worker", str(port), host], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())

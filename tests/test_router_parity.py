@@ -74,9 +74,8 @@ async def asking(port: int, key: bytes | None = None, most_bytes: int = MOST_BYT
 
 def verdict(tokeniser: Tokeniser, answer: Answer) -> Verdict:
     async def ask() -> Verdict:
-        async with worker(answer) as port:
-            async with asking(port, most_bytes=1 << 20) as asker:
-                return await Probe(asker, tokeniser).once()
+        async with worker(answer) as port, asking(port, most_bytes=1 << 20) as asker:
+            return await Probe(asker, tokeniser).once()
 
     return asyncio.run(ask())
 

@@ -15,8 +15,8 @@ import zmq
 
 from kvd import wire
 from kvd.daemon.holdings import Holdings, attached
-from kvd.daemon.readers import Frames, Readers
 from kvd.daemon.node import Node
+from kvd.daemon.readers import Frames, Readers
 from kvd.daemon.stream import Held, Stream, snapshot
 from kvd.daemon.workers import Workers
 from kvd.errors import SettingsError

@@ -41,8 +41,8 @@ class Namespace:
 
     def describe(self, spec: wire.NamespaceSpec | None, workers: tuple[str, ...] = ()) -> None:
         self.spec = spec
-        said = () if spec is None else (spec.pool, spec.label, spec.tenant, spec.page_tokens)
-        self.source = wire.Source("", 0, self.digest.hex(), *said, workers=workers)
+        pool, label, tenant, tokens = ("", "", "", 0) if spec is None else _described(spec)
+        self.source = wire.Source("", 0, self.digest.hex(), pool, label, tenant, tokens, workers=workers)
 
     def store(self, medium: str, value: int, parent: int | None) -> None:
         self.held.setdefault(medium, {})[value] = parent
@@ -185,10 +185,14 @@ def attached(names: Mapping[str, str], sessions: Iterable[Session]) -> dict[byte
         known[name] = None if name in known else url
     found: dict[bytes, set[str]] = {}
     for session in sessions:
-        url = known.get(session.server)
-        for spec in session.namespaces if url is not None else ():
-            found.setdefault(spec.digest, set()).add(url)
+        if (owner := known.get(session.server)) is not None:
+            for spec in session.namespaces:
+                found.setdefault(spec.digest, set()).add(owner)
     return {digest: tuple(sorted(urls)) for digest, urls in found.items()}
+
+
+def _described(spec: wire.NamespaceSpec) -> tuple[str, str, str, int]:
+    return spec.pool, spec.label, spec.tenant, spec.page_tokens
 
 
 def block_hash(key: bytes) -> int:

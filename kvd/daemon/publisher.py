@@ -31,9 +31,7 @@ Context = zmq.Context[zmq.Socket[bytes]]
 class Publisher:
     """`broke`: the connection was lost since somebody last set this to False. `close` may be called twice."""
 
-    def __init__(
-        self, context: Context, url: str, at: Address, most_blocks: int, say: Say, life: str = ""
-    ) -> None:
+    def __init__(self, context: Context, url: str, at: Address, most_blocks: int, say: Say, life: str = "") -> None:
         self.at = at
         self.source = wire.Source(url, at.rank, block_tokens=at.block_tokens, life=life)
         self.mirror = Mirror(most_blocks)

@@ -22,7 +22,10 @@ async def tell(
     house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float
 ) -> tuple[int, bytes]:
     """Status and body of one worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
-    connection = await house.pools[worker.name].connect(once=True)
+    pool = house.pools.get(worker.name)
+    if pool is None:
+        raise Lost(f"{worker.name} has just left")
+    connection = await pool.connect(once=True)
     collector = Collector()
     keys = house.tenants.needed, house.worker_key
     try:
