@@ -1,6 +1,6 @@
 """A worker that generates nothing but counts: for tests of the router, which is what is tested. A process of its own.
 
-    python -m tests.mock_worker [PORT HOST]        prints its port, serves until killed
+    python -m tests.mock_worker [PORT HOST]        prints its port and seed, serves until killed
 
 Its model writes one word for each token, and which one follows from all words before it: after `n` words comes
 ` w<n+1>`, after the token id `i` comes `i + 1`. So a stream that went on elsewhere reads as if nothing had happened
@@ -351,7 +351,7 @@ def whole(path: str, asked: dict[str, Any]) -> dict[str, Any]:
 async def main() -> None:
     port, host = (int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 2 else (0, "127.0.0.1")
     server = await asyncio.get_running_loop().create_server(Served, host, port, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    print(server.sockets[0].getsockname()[1], SEED, flush=True)
     await server.serve_forever()
 
 

@@ -24,7 +24,7 @@ class MockWorker:
             [sys.executable, "-m", "tests.mock_worker", str(port), host], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        self.port, self.seed = map(int, self.process.stdout.readline().split())
         self.url = f"http://127.0.0.1:{self.port}"
         if mood:
             self.set(**mood)

@@ -16,7 +16,7 @@ MISSES: Final = 3
 
 @dataclass(slots=True)
 class Health:
-    """`why`: "" while the worker is well. `in_doubt`: it may have been started anew, the last question had no answer."""
+    """`why`: "" while it is well. `in_doubt`: the last question had no answer, so it may have been started anew."""
 
     why: str = ""
     in_doubt: bool = False
