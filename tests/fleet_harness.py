@@ -4,25 +4,29 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvd.router.fleet.fleet import Fleet, Options
 from kvd.router.fleet.members import MemberView
 from kvd.router.fleet.nodes import NodeAt
 from kvd.router.leastbusy import LeastBusy
 from kvd.router.load import Report
+from kvd.router.proxy.client import Client
+from kvd.router.proxy.house import House, Limits
 from kvd.router.steering import Choice, Incoming, Worker, worker_at
+from kvd.router.tenants import Tenants
 from tests.event_stream import ScriptedWorker, free_ports
 from tests.harness import Daemon
 from tests.router_harness import MockWorker
 
+T = TypeVar("T")
 BLOCK = 4  # tokens, of the scripted publishers
 
 
-class Doors:
+class Recorded:
     """Where connections would be."""
 
     def __init__(self) -> None:
@@ -47,7 +51,7 @@ class World:
 
     async def _open(self, workers: list[Worker], options: Options) -> None:
         self.fleet = Fleet(workers, options)
-        self.steering, self.doors = LeastBusy(workers, 8, 8), Doors()
+        self.steering, self.doors = LeastBusy(workers, 8, 8), Recorded()
         self.doors.open |= {worker.name for worker in workers}
         self.fleet.attach(self.steering, self.doors, self.reports.__setitem__)
         self._job = self._loop.create_task(self.fleet.run())
@@ -66,6 +70,12 @@ class World:
     def settle(self) -> None:
         """Until steering has heard all that is known."""
         self.until(lambda: not self.fleet._due)
+
+    def run(self, task: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(task)
+
+    def start(self, task: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        return self._loop.create_task(task)
 
     def order(self, order: Callable[..., Any], *arguments: Any) -> Any:
         """Call something of the fleet's on its event loop."""
@@ -106,6 +116,35 @@ class World:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+class Proxied(World):
+    """With the router's own proxy in front, on a real port."""
+
+    async def _open(self, workers: list[Worker], options: Options) -> None:
+        self.fleet = Fleet(workers, options)
+        self.steering = LeastBusy(workers, 8, 8)
+        self.house = House({worker.name: worker for worker in workers}, self.steering, Tenants([], b""), Limits())
+        self.fleet.attach(self.steering, self.house)
+        self._job = self._loop.create_task(self.fleet.run())
+        self._server = await self._loop.create_server(lambda: Client(self.house), "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            self._server.close()
+            self.run(self.house.drain(1.0))
+        super().close()
+
+    async def ask(self, method: str, path: str, body: object = None, *headers: str) -> str:
+        """The whole answer."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        data = json.dumps(body).encode() if body is not None else b""
+        lines = [f"{method} {path} HTTP/1.1", "host: x", "connection: close", f"content-length: {len(data)}", *headers]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + data)
+        answer = await reader.read()
+        writer.close()
+        return answer.decode()
 
 
 class Publishing:

@@ -1,4 +1,4 @@
-"""Small requests whose answers are collected: the router's own questions, and orders that are for every worker."""
+"""Small requests on behalf of clients, whose answers are collected, and orders that are for every worker."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
