@@ -195,7 +195,7 @@ def cli() -> None:
             level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname).1s %(name)s: %(message)s"
         )
         settings.read_tenants()  # what is wrong with them is said before anybody is served
-        settings.read_worker_key()
+        settings.read_fleet()
         sock = listener(settings.listen.host, settings.listen.port)
         if settings.listen.processes > 1:
             sys.exit(watch(settings, sock))

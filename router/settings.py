@@ -98,6 +98,13 @@ class NodeSettings(BaseModel):
             raise ValueError(f"{endpoint} is neither tcp://HOST:PORT nor ipc:///PATH")
         return endpoint
 
+    @model_validator(mode="after")
+    def _has_ports(self) -> "NodeSettings":
+        for endpoint in self.at:
+            if endpoint.startswith("tcp://") and int(endpoint.rpartition(":")[2]) > 0xFFFF:
+                raise ValueError(f"{endpoint}: there is no such port")
+        return self
+
     @property
     def at(self) -> NodeAt:
         return NodeAt(self.events, self.replay or replay_endpoint(self.events))
@@ -154,6 +161,8 @@ class RouterSettings(BaseSettings):
 
     def read_fleet(self) -> Options:
         """Raises SettingsError."""
+        if self.model_path is not None and not (self.model_path / "tokenizer.json").is_file():
+            raise SettingsError(f"no tokenizer.json in {self.model_path}", "set model_path to the model's folder")
         return Options(
             [node.at for node in self.nodes], self.model_path, self.join_announced, self.index_blocks,
             self.read_worker_key(),

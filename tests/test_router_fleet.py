@@ -58,9 +58,9 @@ def test_a_worker_with_the_same_tokens_has_a_manner_and_others_say_why_not(model
             world.until(lambda one=one, why=why: why in world.view(one.url).why)
             assert fleet.manner(one.url) is None
         assert world.view(equal.url).why == "no node tells of its blocks"
-        assert [world.view(one.url).state for one in (equal, other, stranger)] == ["serving", "serving", "joining"]
+        assert [world.view(one.url).state for one in (equal, other, stranger)] == ["serving"] * 3
         numbers = fleet.describe()
-        assert (numbers[f'parity_differs{{worker="{other.url}"}}'], numbers['workers{state="serving"}']) == (1, 6)
+        assert (numbers[f'parity_differs{{worker="{other.url}"}}'], numbers['workers{state="serving"}']) == (1, 7)
 
 
 def test_a_worker_serves_what_it_says_and_everybody_what_nobody_says(model: Path) -> None:

@@ -69,6 +69,7 @@ def test_namespaces_count_for_those_who_are_attached_with_them_and_need_no_more(
         ("http://localhost:30000", "tcp://[fd00::5]:5600", "http://[fd00::5]:30000"),
         ("http://10.0.0.7:30000/", "tcp://10.0.0.5:5600", "http://10.0.0.7:30000"),
         (HERE, "ipc:///run/kvd/events", HERE),
+        (HERE, "tcp://localhost:5600", HERE),
         ("http://worker", "ipc:///x", "http://worker:80"),
         ("https://a:1", "ipc:///x", None), ("http://a:1/path", "ipc:///x", None), ("http://u@a:1", "ipc:///x", None),
         ("http://a:99999", "ipc:///x", None), ("http://[::1", "ipc:///x", None),
@@ -186,14 +187,14 @@ def test_health_counts_what_a_worker_does_and_health_alone_makes_it_well_again()
 
 
 @pytest.mark.parametrize(
-    ("draining", "known", "well", "state"),
+    ("draining", "asked", "well", "state"),
     [
         (False, False, True, "joining"), (False, True, True, "serving"), (False, True, False, "unhealthy"),
         (False, False, False, "unhealthy"), (True, True, False, "draining"), (True, False, True, "draining"),
     ],
 )  # fmt: skip
-def test_states(draining: bool, known: bool, well: bool, state: str) -> None:
-    assert state_of(draining, known, well) == state
+def test_states(draining: bool, asked: bool, well: bool, state: str) -> None:
+    assert state_of(draining, asked, well) == state
 
 
 def test_where_a_node_answers_follows_from_where_it_publishes() -> None:

@@ -96,7 +96,7 @@ def seen_from_here(url: str, node: str) -> str | None:
         or parts.username
     ):
         return None
-    if host.startswith(_HERE) and at.scheme == "tcp" and at.hostname:
+    if host.startswith(_HERE) and at.scheme == "tcp" and at.hostname and not at.hostname.startswith(_HERE):
         host = at.hostname
     shown = f"[{host}]" if ":" in host else host
     return urlunsplit(("http", f"{shown}:{port or 80}", "", "", ""))

@@ -1,6 +1,6 @@
 """The members of the fleet: workers, how each came, and whether it stays. Pure.
 
-    joining ──answered──► serving ◄──► unhealthy          draining ──has nothing left──► gone
+    joining ───asked────► serving ◄──► unhealthy          draining ──has nothing left──► gone
        └───────────────────┴── drain ─────┴────────────────►┘ ▲ remove, from any state: at once
 
 An operator's word (settings, add, drain, remove) goes before a node's announcement. Nothing of this is written down:
@@ -16,13 +16,13 @@ Origin = Literal["configured", "added", "announced"]
 GONE_AFTER_S = 10.0  # without an answer, for one that its node announces no more
 
 
-def state_of(draining: bool, known: bool, well: bool) -> State:
-    """`known`: it said what it is. `well`: it answers as it should."""
+def state_of(draining: bool, asked: bool, well: bool) -> State:
+    """`asked`: what it is, whether or not it said so. `well`: it answers as it should."""
     if draining:
         return "draining"
     if not well:
         return "unhealthy"
-    return "serving" if known else "joining"
+    return "serving" if asked else "joining"
 
 
 class MemberView(msgspec.Struct, frozen=True):

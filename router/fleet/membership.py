@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def state(self) -> State:
-        return state_of(self.draining, self.watch.told is not None, not self.watch.health.why)
+        return state_of(self.draining, self.watch.asked, not self.watch.health.why)
 
 
 class Membership:
@@ -147,8 +147,8 @@ class Membership:
             return
         for entry in self:
             if entry.admitted:
-                unproved = entry.origin == "added" and entry.watch.told is None
-                self._steering.well(entry.name, not entry.watch.health.why and not unproved)
+                silent = entry.origin == "added" and entry.watch.heard_at < 0.0  # it may not be there yet
+                self._steering.well(entry.name, not entry.watch.health.why and not silent)
             if entry.draining and not self._steering.running(entry.name):
                 self._leave(entry, "it has drained")
 
@@ -168,7 +168,7 @@ class Membership:
     def _admit(self, entry: Entry) -> None:
         if self._doors is not None and self._steering is not None:
             self._doors.join(entry.worker)
-            self._steering.join(entry.worker, entry.watch.told is not None)
+            self._steering.join(entry.worker, entry.watch.heard_at >= 0.0)
         if not entry.admitted:
             log.info("%s joins: %s", entry.name, entry.origin)
         entry.admitted = True

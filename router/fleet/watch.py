@@ -50,6 +50,7 @@ class Watch:
         self.told: Told | None = None
         self.health = Health()
         self.manner: Manner | None = None  # that would be credited if the worker makes the same tokens
+        self.asked = False  # what it is; whether or not it said so
         self.heard_at = -1e9  # the last answer to anything
         self._why, self._remedy = _NOT_ASKED, ""
         self._asker = Asker(worker, key)
@@ -106,6 +107,9 @@ class Watch:
                 if self.told is None or self._probe is None:
                     self._unknown(error)
                 pause_s, wait_s = wait_s, min(2 * wait_s, _BACKOFF_S[1])
+            if not self.asked:
+                self.asked = True
+                self._changed()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ask.wait(), pause_s)
 
