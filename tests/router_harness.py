@@ -153,6 +153,15 @@ def drain(sock: socket.socket) -> bytes:
     return received
 
 
+def accepted(listening: socket.socket) -> socket.socket:
+    """The connection on which a client's next request came; what the router asks itself is not answered."""
+    while True:
+        sock, _ = listening.accept()
+        if b"x-kvd-request-id" in until(sock, b"\r\n\r\n"):
+            return sock
+        sock.close()
+
+
 def until(sock: socket.socket, ending: bytes) -> bytes:
     """What comes until these bytes have come."""
     received = bytearray()
