@@ -143,10 +143,6 @@ def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_na
             assert world.has(blocks[:3]) == {worker.url: (0, 12, 0, 0, 0)}, "the other cannot load them"
             plugin.do("close")
             world.until(lambda: world.has(blocks) == {})
-        with PluginProcess(kvd.socket, "w", 0, 1) as silent, World(worker.url, nodes=[at]) as world:
-            assert silent.do("wait")
-            world.until(lambda: world.view(worker.url).credit and world.fleet._nodes.index.match(blocks))
-            assert world.has(blocks) == {}, "nobody said whose rank it is"
 
 
 def test_two_nodes_of_one_name_are_two_nodes(worker: Publishing, model: Path) -> None:

@@ -76,6 +76,7 @@ class Nodes:
         self.index = Index(most_blocks)
         self.holders = Numbering()
         self._now = -1e9
+        self._exact: dict[str, Mapping[Identity, Known]] = {}  # sources of the nodes whose streams are
         self._context = zmq.Context()
         self._nodes: dict[str, _Node] = {}
         for one in dict.fromkeys(at):
@@ -87,9 +88,11 @@ class Nodes:
         return iter(self._nodes)
 
     def tick(self, now: float) -> None:
+        """Ask for what is missing, and judge which streams are exact."""
         self._now = now
         for node in self._nodes.values():
             node.follow.tick(now)
+        self._exact = {name: node.view.sources for name, node in self._nodes.items() if not node.view.why(now)}
 
     def why(self, node: str) -> str:
         """Why what is known of this node is not exact; "" where it is."""
@@ -104,12 +107,11 @@ class Nodes:
             node.numbers.bound({url: blocks for (where, url), blocks in most.items() if where == name})
 
     def sure(self, number: int) -> bool:
-        """Whether all that this holder said is known, and is all that it has."""
+        """Whether all that this holder said is known, and is all that it has; of its node's stream, as of the tick."""
         place = self.holders.place(number)
-        node = self._nodes.get(place.node) if place is not None else None
-        if place is None or node is None or not self.index.exact(number) or node.view.why(self._now):
+        if place is None or (sources := self._exact.get(place.node)) is None or not self.index.exact(number):
             return False
-        known = node.view.sources.get((place.worker, place.rank, place.namespace))
+        known = sources.get((place.worker, place.rank, place.namespace))
         return known is not None and not known.why
 
     def numbers(self) -> dict[str, float]:
