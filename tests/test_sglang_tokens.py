@@ -33,12 +33,12 @@ async def verdict_of(port: int, tokeniser: Tokeniser) -> Verdict:
 def test_a_real_worker_is_equal_and_counts_the_same_prompt_tokens() -> None:
     with worker("tokens", None) as server:
         info = server.request("GET", "/server_info")
-        told = Told.of(info)
+        told = Told.of(info.encode())
         assert len(told.life) == 32
         assert told.life == sglang_info.life(json.loads(server.request("GET", "/server_info")))
         assert (told.block_tokens, told.serving.served_name) == (PAGE_TOKENS, SERVED_AS)
         assert min(told.most_tokens, told.token_bytes) > 0
-        load = report(server.request("GET", LOADS), 100.0)
+        load = report(server.request("GET", LOADS).encode(), 100.0)
         assert (load.running, load.waiting, load.waiting_tokens, load.most_tokens) == (0, 0, 0, told.most_tokens)
         assert 0 < load.made_at <= 100.0
         tokeniser = Tokeniser.open(MODEL, told.serving)

@@ -8,6 +8,7 @@ No credit, and a reason, where it is not certain: a worker whose life is also an
 that no node tells of; a model with side pools, of which a hit needs more than the KV pages that are told of.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -41,20 +42,20 @@ def links(workers: Mapping[str, Stated], nodes: Mapping[str, Iterable[wire.Sourc
     """By the workers' names. Where two nodes tell of one worker, the first does."""
     lives = Counter(stated.life for stated in workers.values())
     told: dict[str, tuple[str, wire.Source]] = {}
-    pages: dict[str, list[wire.Source]] = {}
+    pages: dict[tuple[str, str], list[wire.Source]] = {}  # (node, a worker's URL there) -> what it is attached with
     for node, sources in nodes.items():
-        pages[node] = []
         for source in sources:
-            if not source.worker:
-                pages[node].append(source)
-            elif source.life:
+            if source.worker and source.life:
                 told.setdefault(source.life, (node, source))
+            for url in () if source.worker else source.workers:
+                pages.setdefault((node, url), []).append(source)
     return {name: _link(stated, lives[stated.life], told.get(stated.life), pages) for name, stated in workers.items()}
 
 
 def _link(
-    stated: Stated, lives: int, told: tuple[str, wire.Source] | None, pages: Mapping[str, list[wire.Source]]
-) -> Link:
+    stated: Stated, lives: int, told: tuple[str, wire.Source] | None,
+    pages: Mapping[tuple[str, str], list[wire.Source]],
+) -> Link:  # fmt: skip
     if not stated.life:
         return Link(None, "its /server_info states nothing that tells it from others", "upgrade SGLang")
     if lives > 1:
@@ -67,16 +68,14 @@ def _link(
     node, source = told
     if source.block_tokens not in (0, stated.block_tokens):
         return Link(None, f"its node takes its blocks for {source.block_tokens} tokens, not {stated.block_tokens}")
-    return Link(Member(node, source.worker, stated.block_tokens, _namespaces(source.worker, stated, pages[node])))
+    mine = pages.get((node, source.worker), [])
+    if any(one.pool != _KV for one in mine):
+        mine = []
+    namespaces = frozenset(one.namespace for one in mine if one.block_tokens == stated.block_tokens)
+    return Link(Member(node, source.worker, stated.block_tokens, namespaces))
 
 
-def _namespaces(url: str, stated: Stated, pages: Iterable[wire.Source]) -> frozenset[str]:
-    mine = [source for source in pages if url in source.workers]
-    if any(source.pool != _KV for source in mine):
-        return frozenset()
-    return frozenset(source.namespace for source in mine if source.block_tokens == stated.block_tokens)
-
-
+@functools.lru_cache(4096)
 def seen_from_here(url: str, node: str) -> str | None:
     """A node's URL of a worker, as the router reaches it: what is local there is at the node's own address.
 
