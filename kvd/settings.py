@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from kvd.places import run_dir
+from kvd.places import replay_endpoint, run_dir
 from kvd.settingsfile import NODE, described, load
 
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
@@ -114,11 +114,7 @@ class EventSettings(BaseModel):
     @property
     def replay(self) -> str:
         """Where replays and snapshots are asked for."""
-        endpoint = self.endpoint or ""
-        if self.replay_endpoint is not None or not endpoint.startswith("tcp://"):
-            return self.replay_endpoint or f"{endpoint}.replay"
-        host, _, port = endpoint.rpartition(":")
-        return f"{host}:{int(port) + 1}"
+        return self.replay_endpoint or replay_endpoint(self.endpoint or "")
 
     @model_validator(mode="after")
     def _consistent(self) -> "EventSettings":

@@ -22,9 +22,10 @@ import uvloop
 
 from kvd import __version__, systemd
 from kvd.errors import KvdError, SettingsError
+from kvd.router.fleet.fleet import Fleet
 from kvd.router.leastbusy import LeastBusy
 from kvd.router.load import Load
-from kvd.router.pages.told import ConfiguredFleet, Told
+from kvd.router.pages.told import Told
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House
 from kvd.router.settings import RouterSettings, example, load_router_settings
@@ -74,14 +75,16 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
 
     loop.set_exception_handler(failed)
     workers = settings.read_workers()
+    fleet = Fleet(workers.values(), settings.read_fleet())
     steering = LeastBusy(list(workers.values()), settings.queue.each, settings.queue.waiting)
     told = Told(
-        ConfiguredFleet(workers),
+        fleet,
         lambda worker: Load(running=steering.running(worker)),
         "least_busy",
         settings.listen.processes,
     )
-    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), told, settings.read_worker_key())
+    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), told, settings.read_worker_key(), fleet.describe)
+    fleet.attach(steering, house)
     server = await loop.create_server(lambda: Client(house), sock=sock, backlog=_BACKLOG)
     gc.freeze()  # what lives as long as the process is not looked at again
 
@@ -91,14 +94,16 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
             house.tick(loop.time())
 
     async with asyncio.TaskGroup() as group:
-        ticking = group.create_task(tick(), name="tick")
+        jobs = [group.create_task(tick(), name="tick"), group.create_task(fleet.run(), name="fleet")]
         log.info("kvd-router %s serves %d workers at %s:%d", __version__, len(workers), *sock.getsockname()[:2])
         _tell(ready, f"READY=1\nSTATUS={len(workers)} workers")
         await stop
         _tell(ready, "STOPPING=1")
         server.close()
         await house.drain(settings.drain_s)
-        ticking.cancel()
+        for job in jobs:
+            job.cancel()
+    fleet.close()
 
 
 def _tell(ready: int | None, state: str) -> None:
@@ -202,7 +207,7 @@ def cli() -> None:
             level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname).1s %(name)s: %(message)s"
         )
         settings.read_tenants()  # what is wrong with them is said before anybody is served
-        settings.read_worker_key()
+        settings.read_fleet()
         sock = listener(settings.listen.host, settings.listen.port)
         if settings.listen.processes > 1:
             sys.exit(watch(settings, sock))

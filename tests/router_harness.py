@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 class MockWorker:
     """tests.mock_worker in a process."""
 
-    def __init__(self, **mood: object) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1", **mood: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.mock_worker"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.mock_worker", str(port), host], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        self.port, self.seed = map(int, self.process.stdout.readline().split())
         self.url = f"http://127.0.0.1:{self.port}"
         if mood:
             self.set(**mood)
@@ -188,6 +188,15 @@ def drain(sock: socket.socket) -> bytes:
     except (TimeoutError, ConnectionResetError):
         pass
     return received
+
+
+def accepted(listening: socket.socket) -> socket.socket:
+    """The connection on which a client's next request came; what the router asks itself is not answered."""
+    while True:
+        sock, _ = listening.accept()
+        if b"x-kvd-request-id" in until(sock, b"\r\n\r\n"):
+            return sock
+        sock.close()
 
 
 def until(sock: socket.socket, ending: bytes) -> bytes:

@@ -72,14 +72,12 @@ def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker)
     status, said = asked(router, "/kvd/workers")
     assert (status, said["policy"], said["processes"], said["pid"]) == (200, "least_busy", 1, router.process.pid)
     (only,) = said["workers"]
-    assert (only["name"], only["state"], only["credit"], only["why"]) == (
-        worker.url, "serving", False, "this router goes by load alone",
-    )  # fmt: skip
+    assert (only["name"], only["state"], only["origin"], only["credit"]) == (worker.url, "serving", "configured", False)
+    assert only["why"]
     status, said = asked(router, "/kvd/ledger")
     assert (status, said["available"], said["lost"]["lag"]) == (200, 0, 0)
-    status, said = asked(router, "/kvd/workers/add", body={"worker": "http://a:1"})
-    assert (status, said["error"]["message"]) == (409, "this router's workers are fixed")
-    assert "settings" in said["error"]["hint"]
+    status, said = asked(router, "/kvd/workers/add", body={"worker": "ftp://a"})
+    assert (status, said["error"]["hint"]) == (409, "for instance http://127.0.0.1:30000")
 
 
 def test_what_a_worker_has_of_ours_is_shown(router: Router, worker: MockWorker) -> None:
@@ -170,7 +168,7 @@ def test_workers_come_and_go_by_post() -> None:
 
 def test_who_may_see_what_where_keys_are_set(keyed: Router) -> None:
     for path, page in PAGES.items():
-        body = {"worker": "http://a:1"} if page.method == "POST" else None
+        body = {"worker": "ftp://a"} if page.method == "POST" else None
         stranger, _ = asked(keyed, path, body=body)
         tenant, _ = asked(keyed, path, "authorization: Bearer alice", body=body)
         administrator, _ = asked(keyed, path, "x-api-key: root", body=body)

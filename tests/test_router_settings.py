@@ -25,6 +25,10 @@ WORKERS = "workers = ['http://127.0.0.1:30000']\n"
         ("workers = ['https://a']", "http://HOST:PORT"),
         ("workers = ['http://a:1', 'http://a:1']", "twice"),
         (WORKERS + "drain = 5", "drain"),
+        (WORKERS + "[[nodes]]\nevents = 'http://a:1'", "tcp://HOST:PORT"),
+        (WORKERS + "[[nodes]]\nevents = 'tcp://a:65535'", "no such port"),
+        (WORKERS + 2 * "[[nodes]]\nevents = 'tcp://a:1'\n", "twice"),
+        ("join_announced = false\n[[nodes]]\nevents = 'tcp://a:1'", "at least one"),
         (WORKERS + "[listen]\nprocesses = 0", "listen.processes"),
         (WORKERS + "[limits]\nbody_bytes = 2000\nbodies_bytes = 1024", "bodies_bytes must"),
         ("= 5", "not TOML"),
@@ -49,6 +53,17 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     environ = {"KVD_ROUTER_LISTEN__PORT": "2", "KVD_ROUTER_LISTEN__PROCESSES": "3"}
     settings = load_router_settings(file, environ, {"listen": {"port": 4}})
     assert (settings.listen.port, settings.listen.processes, settings.listen.clients) == (4, 3, 9)
+
+
+def test_a_node_is_told_apart_by_where_it_publishes_and_answers(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text("[[nodes]]\nevents = 'tcp://a:1'\n[[nodes]]\nevents = 'ipc:///x'\nreplay = 'tcp://b:2'\n")
+    options = load_router_settings(file, {}, {}).read_fleet()
+    assert options.nodes == [("tcp://a:1", "tcp://a:2"), ("ipc:///x", "tcp://b:2")]
+    assert options.join_announced
+    file.write_text(f"{WORKERS}model_path = '{tmp_path}'")
+    with pytest.raises(SettingsError, match=r"tokenizer\.json"):
+        load_router_settings(file, {}, {}).read_fleet()
 
 
 def test_an_unknown_variable_is_refused() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import re
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,12 +51,14 @@ class House:
         limits: Limits,
         told: Told,
         worker_key: bytes | None = None,
+        fleet_numbers: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.steering = steering
         self.tenants = tenants
         self.limits = limits
         self.worker_key = worker_key
+        self._fleet_numbers = fleet_numbers
         self.pools = {name: Pool(worker, limits.connect_s) for name, worker in workers.items()}
         self.counts: Counter[str] = Counter()
         self.draining = False
@@ -66,6 +68,19 @@ class House:
         self._bodies = 0
         self._prefix = secrets.token_hex(6)
         self._number = 0
+
+    # Workers: kvd.router.fleet.crew.Doors
+
+    def join(self, worker: Worker) -> None:
+        """Requests may be sent there. A no-op where they may already."""
+        if worker.name not in self.pools:
+            self.pools[worker.name] = Pool(worker, self.limits.connect_s)
+
+    def leave(self, name: str) -> None:
+        """Answers still on their way from there are cut, and go on elsewhere where they can."""
+        pool = self.pools.pop(name, None)
+        if pool is not None:
+            pool.cut("the worker was removed")
 
     # Connections
 
@@ -157,6 +172,7 @@ class House:
         numbers: dict[str, float] = {f"{name}_total": count for name, count in sorted(self.counts.items())}
         numbers |= {"clients": len(self._clients), "bodies_bytes": self._bodies}
         numbers |= {named("worker_connections", worker=name): len(pool) for name, pool in self.pools.items()}
+        numbers |= {f'fleet_{name}': value for name, value in self._fleet_numbers().items()}
         return numbers | {f"steering_{name}": value for name, value in self.steering.describe().items()}
 
     # Goodbye
