@@ -28,3 +28,11 @@ def arena_path(folder: Path, uid: int) -> Path:
     """The arena's file without systemd: one per run directory and user."""
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     return Path(f"/dev/shm/kvd-{uid}-{digest}.arena")
+
+
+def replay_endpoint(events: str) -> str:
+    """Where a node that publishes at this endpoint answers requests: the next port, or the path with .replay."""
+    if not events.startswith("tcp://"):
+        return f"{events}.replay"
+    host, _, port = events.rpartition(":")
+    return f"{host}:{int(port) + 1}"

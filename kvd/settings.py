@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from kvd.places import run_dir
-from kvd.settingsfile import NODE, load
+from kvd.places import replay_endpoint, run_dir
+from kvd.settingsfile import NODE, described, load
 
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -114,11 +114,7 @@ class EventSettings(BaseModel):
     @property
     def replay(self) -> str:
         """Where replays and snapshots are asked for."""
-        endpoint = self.endpoint or ""
-        if self.replay_endpoint is not None or not endpoint.startswith("tcp://"):
-            return self.replay_endpoint or f"{endpoint}.replay"
-        host, _, port = endpoint.rpartition(":")
-        return f"{host}:{int(port) + 1}"
+        return self.replay_endpoint or replay_endpoint(self.endpoint or "")
 
     @model_validator(mode="after")
     def _consistent(self) -> "EventSettings":
@@ -217,35 +213,12 @@ def load_daemon_settings(file: Path | None, environ: Mapping[str, str]) -> Daemo
 
 def example() -> str:
     """deploy/kvd.toml: every setting with its default and what it does, commented out."""
+    shown = {"run_dir": '"/run/kvd"', "socket_mode": "0o660"}
     lines = [
         "# kvd's settings, with their defaults. Or as variables: KVD_MAX_SESSIONS=..., KVD_ARENA__SIZE_BYTES=...",
         "",
+        *described(DaemonSettings, shown),
+        *("# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""),
+        *described(TenantSettings),
     ]
-
-    def add(model: type[BaseModel]) -> None:
-        for name, field in model.model_fields.items():
-            if name == "tenants" or (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-                continue
-            default = "/run/kvd" if name == "run_dir" else field.default
-            if default is None:
-                shown = '""' if field.annotation in (Path | None, str | None) else "..."
-            elif default == ():
-                shown = "[]"
-            elif isinstance(default, str):
-                shown = f'"{default}"'
-            else:
-                shown = f"0o{default:o}" if name == "socket_mode" else str(default).lower()
-            lines.extend([f"# {field.description}", f"# {name} = {shown}", ""])
-
-    add(DaemonSettings)
-    for name, tier in (
-        ("arena", ArenaSettings),
-        ("nvme", NvmeSettings),
-        ("shared", SharedSettings),
-        ("events", EventSettings),
-    ):
-        lines.extend([f"[{name}]", ""])
-        add(tier)
-    lines.extend(["# What the tenant NAME is entitled to; any number of such sections.", "# [tenants.NAME]", ""])
-    add(TenantSettings)
     return "\n".join(lines).rstrip() + "\n"

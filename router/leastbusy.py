@@ -22,6 +22,8 @@ class _Load:
     """What is known of a worker."""
 
     worker: Worker
+    well: bool = True  # it is said to be; one that is not gets nothing while others are there
+    drains: bool = False  # it gets nothing new
     requests: int = 0
     chosen: int = 0  # when it was chosen last, in choices: breaks ties
     failures: int = 0  # in a row
@@ -44,11 +46,36 @@ class LeastBusy:
         self._choices = 0
         self._counts: Counter[str] = Counter()
 
+    # Who is there: kvd.router.fleet.crew.Crew
+
+    def join(self, worker: Worker, well: bool) -> None:
+        """It may be chosen from now on. One that is there already drains no more."""
+        load = self._loads.setdefault(worker.name, _Load(worker, well))
+        load.drains = False
+
+    def well(self, name: str, well: bool) -> None:
+        """A no-op for who is not there."""
+        if (load := self._loads.get(name)) is not None:
+            load.well = well
+
+    def drain(self, name: str) -> None:
+        """It gets nothing new, and finishes what it has. Who waits is waiting for no worker in particular."""
+        if (load := self._loads.get(name)) is not None:
+            load.drains = True
+
+    def leave(self, name: str) -> None:
+        """It is forgotten; what it has is nobody's load any more."""
+        self._loads.pop(name, None)
+
+    def running(self, name: str) -> int:
+        load = self._loads.get(name)
+        return load.requests if load is not None else 0
+
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        others = [load for load in self._loads.values() if load.worker.name not in tried]
-        awake = [load for load in others if load.rests_until <= now]
+        others = [load for load in self._loads.values() if load.worker.name not in tried and not load.drains]
+        awake = _awake(others, now)
         if tried or not request.routed:
             if not awake:
                 raise self._busy("no other worker can be reached", 1.0)
@@ -56,7 +83,8 @@ class LeastBusy:
         if not self._queue and (free := [load for load in awake if load.requests < self._most_each]):
             return self._take(free, request)
         if not awake and all(load.failures >= _GONE_AFTER for load in others):
-            raise self._busy("no worker can be reached", max(1.0, min(load.rests_until for load in others) - now))
+            back = min((load.rests_until for load in others), default=now)
+            raise self._busy("no worker can be reached" if others else "there is no worker", max(1.0, back - now))
         return await self._wait(_Waiting(request, loop.create_future()))
 
     async def _wait(self, waiting: _Waiting) -> Choice:
@@ -71,6 +99,11 @@ class LeastBusy:
                 self.finished(waiting.turn.result(), "cancelled", asyncio.get_running_loop().time())
             raise
 
+    def _load(self, choice: Choice) -> _Load | None:
+        """Of the worker that was chosen; None where it has left since, even if another has its name now."""
+        load = self._loads.get(choice.worker.name)
+        return load if load is not None and load.worker is choice.worker else None
+
     def _take(self, among: Sequence[_Load], request: Incoming) -> Choice:
         load = min(among, key=lambda load: (load.requests, load.chosen))
         self._choices += 1
@@ -80,7 +113,8 @@ class LeastBusy:
 
     def _wake(self, now: float) -> None:
         while self._queue:
-            free = [one for one in self._loads.values() if one.rests_until <= now and one.requests < self._most_each]
+            awake = _awake([one for one in self._loads.values() if not one.drains], now)
+            free = [one for one in awake if one.requests < self._most_each]
             ticket = self._queue.pop(now) if free else None
             if ticket is None:
                 return
@@ -99,15 +133,17 @@ class LeastBusy:
         pass
 
     def first_byte(self, choice: Choice, status: int, now: float) -> None:
-        self._loads[choice.worker.name].failures = 0
+        if (load := self._load(choice)) is not None:
+            load.failures = 0
 
     def progressed(self, choice: Choice, received: bytes, now: float) -> None:
         pass
 
     def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
-        load = self._loads[choice.worker.name]
-        load.requests -= 1
         self._counts[outcome] += 1
+        if (load := self._load(choice)) is None:
+            return
+        load.requests -= 1
         if outcome in _FAILURES:
             load.rests_until = now + min(_REST_S * 2**load.failures, _LONGEST_REST_S)
             load.failures = min(load.failures + 1, 10)
@@ -121,4 +157,10 @@ class LeastBusy:
     def describe(self) -> dict[str, float]:
         numbers: dict[str, float] = {"waiting": len(self._queue)}
         numbers |= {f'running{{worker="{name}"}}': load.requests for name, load in self._loads.items()}
-        return numbers | {f'outcomes{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}
+        return numbers | {f'outcomes_total{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}
+
+
+def _awake(loads: Sequence[_Load], now: float) -> list[_Load]:
+    """Those that may be asked now: the well ones, if there are any."""
+    awake = [load for load in loads if load.rests_until <= now]
+    return [load for load in awake if load.well] or awake

@@ -1,6 +1,6 @@
 """`kvd-router`: from start to goodbye.
 
-    kvd-router [--config FILE] [--worker URL ...] [--host HOST] [--port PORT]
+    kvd-router [--config FILE] [--worker URL ...] [--host HOST] [--port PORT] [--print-config | --example-config]
     kvd-router --hash-key            read an API key from standard input, print the digest for the file of keys
 
 Exit status: 0 after a clean stop, 78 when a setting is wrong (systemd does not retry), 1 otherwise. With
@@ -22,10 +22,13 @@ import uvloop
 
 from kvd import __version__, systemd
 from kvd.errors import KvdError, SettingsError
+from kvd.router.fleet.fleet import Fleet
 from kvd.router.leastbusy import LeastBusy
+from kvd.router.load import Load
+from kvd.router.pages.told import Told
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House
-from kvd.router.settings import RouterSettings, load_router_settings
+from kvd.router.settings import RouterSettings, example, load_router_settings
 from kvd.router.tenants import digest
 
 log = logging.getLogger("kvd.router")
@@ -72,8 +75,16 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
 
     loop.set_exception_handler(failed)
     workers = settings.read_workers()
+    fleet = Fleet(workers.values(), settings.read_fleet())
     steering = LeastBusy(list(workers.values()), settings.queue.each, settings.queue.waiting)
-    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), settings.read_worker_key())
+    told = Told(
+        fleet,
+        lambda worker: Load(running=steering.running(worker)),
+        "least_busy",
+        settings.listen.processes,
+    )
+    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), told, settings.read_worker_key(), fleet.describe)
+    fleet.attach(steering, house)
     server = await loop.create_server(lambda: Client(house), sock=sock, backlog=_BACKLOG)
     gc.freeze()  # what lives as long as the process is not looked at again
 
@@ -83,14 +94,16 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
             house.tick(loop.time())
 
     async with asyncio.TaskGroup() as group:
-        ticking = group.create_task(tick(), name="tick")
+        jobs = [group.create_task(tick(), name="tick"), group.create_task(fleet.run(), name="fleet")]
         log.info("kvd-router %s serves %d workers at %s:%d", __version__, len(workers), *sock.getsockname()[:2])
         _tell(ready, f"READY=1\nSTATUS={len(workers)} workers")
         await stop
         _tell(ready, "STOPPING=1")
         server.close()
         await house.drain(settings.drain_s)
-        ticking.cancel()
+        for job in jobs:
+            job.cancel()
+    fleet.close()
 
 
 def _tell(ready: int | None, state: str) -> None:
@@ -169,9 +182,15 @@ def cli() -> None:
     parser.add_argument("--host", help="listen.host")
     parser.add_argument("--port", type=int, help="listen.port")
     parser.add_argument("--print-config", action="store_true", help="print the settings in effect as JSON, and exit")
+    parser.add_argument(
+        "--example-config", action="store_true", help="print all settings with their defaults, as TOML"
+    )
     parser.add_argument("--hash-key", action="store_true", help="print the digest of the API key on standard input")
     parser.add_argument("--version", action="version", version=f"kvd-router {__version__}")
     arguments = parser.parse_args()
+    if arguments.example_config:
+        print(example(), end="")
+        return
     if arguments.hash_key:
         print(digest(sys.stdin.buffer.readline().strip()).hex())
         return
@@ -188,7 +207,7 @@ def cli() -> None:
             level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname).1s %(name)s: %(message)s"
         )
         settings.read_tenants()  # what is wrong with them is said before anybody is served
-        settings.read_worker_key()
+        settings.read_fleet()
         sock = listener(settings.listen.host, settings.listen.port)
         if settings.listen.processes > 1:
             sys.exit(watch(settings, sock))

@@ -17,14 +17,15 @@ from kvd.router.numbering import Place
 from kvd.router.policies.choice import Matched
 from kvd.sglang_events import GPU
 
-_TIERS: Final = {GPU: "gpu", "CPU_PINNED": "ram", wire.RAM: "ram", wire.NVME: "nvme", wire.SHARED: "shared"}
+_TIERS: Final = {GPU: 0, "CPU_PINNED": 1, wire.RAM: 1, wire.NVME: 2, wire.SHARED: 3}  # where in Matched
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as its node knows it. `namespaces`: those of the node's kvd that are of its model, in hex."""
+    """A worker as its node knows it. `namespaces`: those of the node's kvd that it can load from, in hex."""
 
     node: str
+    worker: str  # its URL there
     block_tokens: int
     namespaces: frozenset[str] = frozenset()
 
@@ -37,25 +38,26 @@ def matched(
 
     `found`: leading blocks by holder, from `Index.match`. `sure`: whether all that this holder said is known.
     """
-    of_worker: dict[str, dict[str, int]] = {}
-    of_node: dict[str, dict[tuple[str, str], int]] = {}  # (namespace, tier)
+    of_worker: dict[tuple[str, str], list[int]] = {}  # (node, URL there) -> blocks by tier
+    of_node: dict[str, dict[str, list[int]]] = {}  # and by namespace
     for number, blocks in found.items():
         where = place(number)
-        tier = _TIERS.get(where.medium) if where is not None else None
-        if where is None or tier is None or not sure(number):
+        if where is None or (tier := _TIERS.get(where.medium)) is None or not sure(number):
             continue
         if where.worker:
-            has = of_worker.setdefault(where.worker, {})
-            has[tier] = max(blocks, has.get(tier, 0))
+            has = of_worker.setdefault((where.node, where.worker), [0, 0, 0, 0])
         else:
-            there = of_node.setdefault(where.node, {})
-            there[where.namespace, tier] = max(blocks, there.get((where.namespace, tier), 0))
+            has = of_node.setdefault(where.node, {}).setdefault(where.namespace, [0, 0, 0, 0])
+        has[tier] = max(blocks, has[tier])
     result: dict[str, Matched] = {}
     for name, member in members.items():
-        has = dict(of_worker.get(name, {}))
-        for (namespace, tier), blocks in of_node.get(member.node, {}).items():
-            if namespace in member.namespaces:
-                has[tier] = max(blocks, has.get(tier, 0))
-        if has:
-            result[name] = Matched(**{tier: min(blocks * member.block_tokens, tokens) for tier, blocks in has.items()})
+        own = of_worker.get((member.node, member.worker))
+        pages = of_node.get(member.node)
+        if pages is not None:
+            for namespace in member.namespaces:
+                if (there := pages.get(namespace)) is not None:
+                    own = there if own is None else list(map(max, own, there))
+        if own is not None:
+            gpu, ram, nvme, shared = (min(blocks * member.block_tokens, tokens) for blocks in own)
+            result[name] = Matched(gpu, ram, nvme, shared)
     return result

@@ -4,23 +4,27 @@ Read, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/route
 (`KVD_ROUTER_LISTEN__PORT=...`), the command line. Read once, in `main`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvd.errors import SettingsError
+from kvd.places import replay_endpoint
+from kvd.router.fleet.fleet import Options
+from kvd.router.fleet.nodes import NodeAt
 from kvd.router.proxy.house import Limits
-from kvd.router.steering import Worker
+from kvd.router.steering import Worker, worker_at
 from kvd.router.tenants import Tenants
-from kvd.settingsfile import ROUTER, load, read, read_toml
+from kvd.settingsfile import ROUTER, described, load, read, read_toml
 
 DEFAULT_FILE = Path("/etc/kvd/router.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 MIB = 1 << 20
+_ENDPOINT = re.compile(r"tcp://[^\s/]+:[1-9]\d{0,4}|ipc:///\S+")
 
 
 class ListenSettings(BaseModel):
@@ -77,6 +81,35 @@ class TenantSettings(BaseModel):
     secret_file: Path | None = Field(None, description="what tenants' salts are made of; the same for all routers")
 
 
+class NodeSettings(BaseModel):
+    """A node whose kvd tells what its workers and its own tiers hold: its `events` settings."""
+
+    model_config = _STRICT
+
+    events: str = Field(description="its events.endpoint, as reached from here: tcp://HOST:PORT or ipc:///PATH")
+    replay: str | None = Field(
+        None, description="its events.replay_endpoint; unset: the next port, or the path with .replay"
+    )
+
+    @field_validator("events", "replay")
+    @classmethod
+    def _is_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+            raise ValueError(f"{endpoint} is neither tcp://HOST:PORT nor ipc:///PATH")
+        return endpoint
+
+    @model_validator(mode="after")
+    def _has_ports(self) -> "NodeSettings":
+        for endpoint in self.at:
+            if endpoint.startswith("tcp://") and int(endpoint.rpartition(":")[2]) > 0xFFFF:
+                raise ValueError(f"{endpoint}: there is no such port")
+        return self
+
+    @property
+    def at(self) -> NodeAt:
+        return NodeAt(self.events, self.replay or replay_endpoint(self.events))
+
+
 class RouterSettings(BaseSettings):
     """Settings of `kvd-router`."""
 
@@ -89,6 +122,14 @@ class RouterSettings(BaseSettings):
     )
 
     workers: list[str] = Field([], description="SGLang servers: http://HOST:PORT each")
+    nodes: list[NodeSettings] = Field([], description="kvd daemons to follow, one [[nodes]] each; none: load alone")
+    join_announced: bool = Field(True, description="the nodes' workers join by themselves, and leave with them")
+    model_path: Path | None = Field(
+        None, description="folder with the workers' tokenizer; unset: as they say, else the Hugging Face cache"
+    )
+    index_blocks: int = Field(
+        8_000_000, ge=1000, description="of all workers and tiers that are known at once; up to 120 bytes each"
+    )
     worker_key_file: Path | None = Field(None, description="the workers' --api-key; unset: they need none")
     listen: ListenSettings = ListenSettings()
     limits: LimitSettings = LimitSettings()
@@ -108,13 +149,24 @@ class RouterSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _has_workers(self) -> "RouterSettings":
-        if not self.workers:
-            raise ValueError('workers: at least one is needed, for instance ["http://127.0.0.1:30000"]')
+        if not self.workers and not (self.nodes and self.join_announced):
+            raise ValueError('workers: at least one is needed, for instance ["http://127.0.0.1:30000"], or nodes')
+        if len({node.events for node in self.nodes}) < len(self.nodes):
+            raise ValueError("nodes: one is there twice")
         return self
 
     def read_workers(self) -> dict[str, Worker]:
         """By name."""
         return {worker.name: worker for worker in map(worker_at, self.workers)}
+
+    def read_fleet(self) -> Options:
+        """Raises SettingsError."""
+        if self.model_path is not None and not (self.model_path / "tokenizer.json").is_file():
+            raise SettingsError(f"no tokenizer.json in {self.model_path}", "set model_path to the model's folder")
+        return Options(
+            [node.at for node in self.nodes], self.model_path, self.join_announced, self.index_blocks,
+            self.read_worker_key(),
+        )  # fmt: skip
 
     def read_limits(self) -> Limits:
         return Limits(clients=self.listen.clients, queue_s=self.queue.seconds, **self.limits.model_dump())
@@ -133,16 +185,19 @@ class RouterSettings(BaseSettings):
         return read(self.worker_key_file).strip() if self.worker_key_file else None
 
 
-def worker_at(url: str) -> Worker:
-    """The worker at this URL, which is its name. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
-        raise ValueError(f"{url}: a worker is http://HOST:PORT")
-    return Worker(url.rstrip("/"), parts.hostname, parts.port or 80)
-
-
 def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:
     """Read file and environment; `given` wins over both. Raises SettingsError naming the key and the remedy."""
     if file is None and DEFAULT_FILE.exists():
         file = DEFAULT_FILE
     return load(RouterSettings, ROUTER, file, environ, given)
+
+
+def example() -> str:
+    """deploy/router.toml: every setting with its default and what it does, commented out."""
+    lines = [
+        "# kvd-router's settings, with their defaults. Or as variables: KVD_ROUTER_DRAIN_S=..., "
+        "KVD_ROUTER_LISTEN__PORT=...",
+        "",
+        *described(RouterSettings),
+    ]
+    return "\n".join(lines).rstrip() + "\n"

@@ -7,6 +7,7 @@ raise. Times are those of the event loop's clock, in seconds.
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -40,6 +41,14 @@ class Worker:
     def authority(self) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}".encode()
+
+
+def worker_at(url: str) -> Worker:
+    """The worker at this URL, which is its name. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError(f"{url}: a worker is http://HOST:PORT")
+    return Worker(url.rstrip("/"), parts.hostname, parts.port or 80)
 
 
 @dataclass(slots=True)

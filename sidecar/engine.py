@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvd.errors import Unsupported
+from kvd.sglang_info import server_name
 from kvd.sidecar import weightwatch
 from kvd.sidecar.weights import fingerprint
 
@@ -85,6 +86,21 @@ def keys_name_adapters() -> bool:
 
 
 _serving: Any = probe("sglang.srt.runtime_context:get_serving")
+_device: Any = probe("sglang.srt.runtime_context:get_device")
+
+
+def server() -> str:
+    """Which server this rank is of, as kvd.sglang_info names it; "" where that is not known.
+
+    The arguments as this process has them may lack what SGLang chose itself, so its resolved settings go first.
+    """
+    try:
+        if _serving is not None and _device is not None:
+            return server_name(_serving().port, _device().random_seed)
+    except Exception:  # not published in this process
+        pass
+    arguments = server_args()
+    return server_name(getattr(arguments, "port", None), getattr(arguments, "random_seed", None))
 
 
 def weight_version() -> str:

@@ -19,6 +19,7 @@ from kvd.client import Channels, Link
 from kvd.errors import KvdError, Refused, Unavailable
 from kvd.index import IndexReader
 from kvd.leasetable import LeaseTable
+from kvd.sidecar import engine
 from kvd.sidecar.circuit import Circuit
 from kvd.sidecar.memory import bytes_of, map_pages
 from kvd.sidecar.pool import Bytes
@@ -178,7 +179,7 @@ class Session:
         if len(specs) <= attachment.joined:
             return
         try:
-            ids = attachment.link.ask(wire.Join(specs), wire.Joined, ATTACH_TIMEOUT_S).ids
+            ids = attachment.link.ask(wire.Join(specs, engine.server()), wire.Joined, ATTACH_TIMEOUT_S).ids
         except Refused as refused:
             self.turn_off(str(refused))
             return

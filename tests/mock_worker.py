@@ -1,6 +1,6 @@
 """A worker that generates nothing but counts: for tests of the router, which is what is tested. A process of its own.
 
-    python -m tests.mock_worker        prints its port, serves until killed
+    python -m tests.mock_worker [PORT HOST]        prints its port and seed, serves until killed
 
 Its model writes one word for each token, and which one follows from all words before it: after `n` words comes
 ` w<n+1>`, after the token id `i` comes `i + 1`. So a stream that went on elsewhere reads as if nothing had happened
@@ -8,13 +8,20 @@ only if the second worker was given everything. Events and answers have the shap
 
 `POST /mock/set` changes how it behaves (see `Mood`), `/mock/step` lets one held event go, `/mock/seen` tells what
 came: every request in full, the bytes of every connection, how many answers nobody wanted any more.
+
+What a router asks for itself is answered apart, is not seen, and has moods of its own: who the worker is, its health,
+its load, and with `model` its tokens.
 """
 
 import asyncio
+import functools
 import json
 import os
+import random
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httptools
@@ -34,6 +41,14 @@ class Mood:
     drop: bool = False  # closes the connection instead of answering
     incremental: bool = False  # /generate: each event has the new text only
     silent: bool = False  # takes requests and never answers
+    # What it tells a router that asks for itself
+    info: Any = None  # its /server_info, besides what tells it from others; None: it is no SGLang
+    model: str = ""  # folder of its tokenizer
+    other_tokens: bool = False  # it makes one more than that tokenizer
+    health: int = 200
+    loads: Any = None
+    raw: str = ""  # every answer, whole
+    deaf: bool = False  # no answer
 
 
 @dataclass
@@ -45,6 +60,8 @@ class Seen:
 
 MOOD, SEEN = Mood(), Seen()
 STEPS = asyncio.Semaphore(0)
+SEED = random.getrandbits(30)
+OWN = (b"GET /server_info", b"GET /health", b"GET /v1/loads", b"POST /tokenize")
 
 
 class Served(asyncio.Protocol):
@@ -60,7 +77,9 @@ class Served(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.raw += data
-        if not self.raw.startswith((b"POST /mock/", b"GET /mock/")) and self.raw not in SEEN.connections:
+        self.own = self.raw.startswith(OWN) and b"x-kvd-request-id" not in self.raw
+        mock = self.raw.startswith((b"POST /mock/", b"GET /mock/"))
+        if not self.own and not mock and self.raw not in SEEN.connections:
             SEEN.connections.append(self.raw)
         self.parser.feed_data(data)
 
@@ -75,7 +94,7 @@ class Served(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         method, path, body = self.parser.get_method().decode(), self.target.decode(), bytes(self.body)
-        if not path.startswith("/mock/"):
+        if not path.startswith("/mock/") and not self.own:
             SEEN.requests.append(
                 {"method": method, "target": path, "headers": self.headers, "body": body.decode("latin-1")}
             )
@@ -84,12 +103,15 @@ class Served(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.task is not None and not self.task.done():
-            SEEN.cancelled += 1
+            SEEN.cancelled += not self.own
             self.task.cancel()
 
     async def answer(self, method: str, path: str, body: bytes) -> None:
         if path.startswith("/mock/"):
             self.send(200, json.dumps(await control(path, body)).encode())
+            return
+        if self.own:
+            await self.answer_router(path, body)
             return
         if MOOD.drop:
             self.transport.abort()
@@ -110,6 +132,29 @@ class Served(asyncio.Protocol):
             self.send(200, json.dumps(whole(path, asked)).encode())
         else:
             await self.stream(path, asked)
+
+    async def answer_router(self, path: str, body: bytes) -> None:
+        """A router's own question."""
+        if MOOD.deaf:
+            await asyncio.sleep(3600)
+        port = self.transport.get_extra_info("sockname")[1]
+        if MOOD.raw:
+            self.transport.write(MOOD.raw.encode())
+            self.transport.close()
+        elif path == "/health":
+            self.send(MOOD.health, b"")
+        elif path == "/server_info" and MOOD.info is not None:
+            start = {"startup_time": {"load_weight": SEED / 7}}
+            told = {"port": port, "random_seed": SEED, "internal_states": [start], **MOOD.info}
+            self.send(200, json.dumps(told).encode())
+        elif path.startswith("/v1/loads") and MOOD.loads is not None:
+            self.send(200, json.dumps(MOOD.loads).encode())
+        elif path == "/tokenize" and MOOD.model:
+            asked = json.loads(body)
+            ids = list(tokens(MOOD.model, asked)) + [7] * MOOD.other_tokens
+            self.send(200, json.dumps({"tokens": ids, "count": len(ids)}).encode())
+        else:
+            self.send(404, b"")
 
     def send(self, status: int, body: bytes) -> None:
         head = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
@@ -134,6 +179,22 @@ class Served(asyncio.Protocol):
 
     def chunk(self, data: bytes) -> None:
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def tokens(model: str, asked: dict[str, Any]) -> Any:
+    """As a worker with this folder makes them."""
+    tokeniser = opened(model)
+    if "messages" in asked:
+        return tokeniser.tokenise("/v1/chat/completions", asked)[0].ids or []
+    return tokeniser.text(asked["prompt"])
+
+
+@functools.cache
+def opened(model: str) -> Any:
+    from kvd.router.tokens.requests import Tokeniser  # here: few mocks need it, and all would start later
+    from kvd.router.tokens.serving import Serving
+
+    return Tokeniser.open(Path(model), Serving())
 
 
 async def control(path: str, body: bytes) -> Any:
@@ -288,8 +349,9 @@ def whole(path: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 async def main() -> None:
-    server = await asyncio.get_running_loop().create_server(Served, "127.0.0.1", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    port, host = (int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 2 else (0, "127.0.0.1")
+    server = await asyncio.get_running_loop().create_server(Served, host, port, backlog=1024)
+    print(server.sockets[0].getsockname()[1], SEED, flush=True)
     await server.serve_forever()
 
 

@@ -1,6 +1,6 @@
 """A worker process with the plugin in it, for tests that kill or stop workers: obeys one line of JSON at a time.
 
-    python -m tests.plugin_process SOCKET [WEIGHTS] [TP_RANK TP_SIZE]
+    python -m tests.plugin_process SOCKET [WEIGHTS] [TP_RANK TP_SIZE] [PORT SEED]
 
 Pages are filled with bytes that follow from their key, so that any other process can tell right from wrong.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvd import wire
-from kvd.sidecar import copier, hicache
+from kvd.sidecar import copier, engine, hicache
 from tests.sglang_controller import pools
 
 PAGE_TOKENS, PAGES = 4, 512
@@ -106,6 +106,8 @@ def main() -> None:
     socket, *rest = sys.argv[1:]
     weights = rest[0] if rest else "w"
     rank, size = (int(rest[1]), int(rest[2])) if len(rest) > 2 else (0, 1)
+    if len(rest) > 4:  # what SGLang would tell the plugin of its server
+        engine.server_args = lambda: SimpleNamespace(port=int(rest[3]), random_seed=int(rest[4]))  # type: ignore[assignment]
     worker = Worker(socket, weights, rank, size)
     assert wire.PROTOCOL
     for line in sys.stdin:

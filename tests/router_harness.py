@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 class MockWorker:
     """tests.mock_worker in a process."""
 
-    def __init__(self, **mood: object) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1", **mood: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.mock_worker"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.mock_worker", str(port), host], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        self.port, self.seed = map(int, self.process.stdout.readline().split())
         self.url = f"http://127.0.0.1:{self.port}"
         if mood:
             self.set(**mood)
@@ -72,7 +72,26 @@ class MockWorker:
         self.process.stdout.close()
 
 
-class Router:
+class Served:
+    """Whatever listens at a port here."""
+
+    port: int
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def talk(self, sent: bytes, timeout_s: float = 5.0) -> bytes:
+        """Everything that comes back until the router closes, or says nothing for `timeout_s`."""
+        with self.connect() as sock:
+            sock.settimeout(timeout_s)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(sent)
+            return drain(sock)
+
+
+class Router(Served):
     """A real `kvd-router` process. `stop` checks that it ended well."""
 
     def __init__(self, folder: Path, *workers: str, port: int = 0, **settings: object) -> None:
@@ -100,21 +119,8 @@ class Router:
 
     def metrics(self) -> dict[str, float]:
         with urllib.request.urlopen(f"{self.url}/kvd/metrics", timeout=10) as reply:
-            lines = [line.rpartition(" ") for line in reply.read().decode().splitlines()]
+            lines = [line.rpartition(" ") for line in reply.read().decode().splitlines() if line[0] != "#"]
         return {name.removeprefix("kvd_router_"): float(value) for name, _, value in lines}
-
-    def connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def talk(self, sent: bytes, timeout_s: float = 5.0) -> bytes:
-        """Everything that comes back until the router closes, or says nothing for `timeout_s`."""
-        with self.connect() as sock:
-            sock.settimeout(timeout_s)
-            with suppress(BrokenPipeError, ConnectionResetError):
-                sock.sendall(sent)
-            return drain(sock)
 
     def stop(self, timeout_s: float = 20.0) -> None:
         """A clean stop."""
@@ -136,6 +142,37 @@ class Router:
         self.stop()
 
 
+class ToldRouter(Served):
+    """tests.told_router in processes that share a port."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.port = free_port() if processes > 1 else 0
+        self._processes: list[subprocess.Popen[str]] = []
+        command = [sys.executable, "-m", "tests.told_router"]
+        for _ in range(processes):
+            arguments = [str(self.port), str(processes)]
+            self._processes.append(
+                subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            )
+        for process in self._processes:
+            assert process.stdout is not None
+            self.port = int(process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    def __enter__(self) -> "ToldRouter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -151,6 +188,15 @@ def drain(sock: socket.socket) -> bytes:
     except (TimeoutError, ConnectionResetError):
         pass
     return received
+
+
+def accepted(listening: socket.socket) -> socket.socket:
+    """The connection on which a client's next request came; what the router asks itself is not answered."""
+    while True:
+        sock, _ = listening.accept()
+        if b"x-kvd-request-id" in until(sock, b"\r\n\r\n"):
+            return sock
+        sock.close()
 
 
 def until(sock: socket.socket, ending: bytes) -> bytes:

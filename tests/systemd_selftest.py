@@ -1,4 +1,5 @@
 """Runs inside a booted systemd: puts pages into kvd.service, kills, restarts and stops it, and writes what it saw.
+Then the same with kvd-router.service, which keeps nothing and shall answer.
 
 python systemd_selftest.py RESULT.json
 """
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,31 @@ def systemctl(*words: str) -> str:
     return subprocess.run(["systemctl", *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def healthy() -> str:
+    """What the router says, once it says something."""
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:30080/kvd/health", timeout=5) as reply:
+                return str(reply.read().decode().strip())
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def use_the_router(seen: dict[str, Any]) -> None:
+    systemctl("start", "kvd-router.service")
+    seen["router"] = healthy()
+    os.kill(int(systemctl("show", "-p", "MainPID", "--value", "kvd-router.service")), signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while systemctl("show", "-p", "NRestarts", "--value", "kvd-router.service") != "1" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    seen["router after kill -9"] = healthy()
+    systemctl("stop", "kvd-router.service")
+    seen["router stopped"] = systemctl("show", "-p", "Result", "--value", "kvd-router.service")
+
+
 def main() -> None:
     seen: dict[str, Any] = {}
     try:
@@ -104,10 +131,14 @@ def main() -> None:
         systemctl("stop", "kvd.service")
         systemctl("start", "kvd.service")
         seen["after stop and start"] = held_now()
+        use_the_router(seen)
     except Exception as error:
         seen["error"] = repr(error)
     seen["journal"] = subprocess.run(
-        ["journalctl", "-u", "kvd", "--no-pager", "-o", "cat"], capture_output=True, text=True, check=False
+        ["journalctl", "-u", "kvd", "-u", "kvd-router", "--no-pager", "-o", "cat"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout
     Path(sys.argv[1]).write_text(json.dumps(seen))
 

@@ -125,7 +125,7 @@ def test_a_namespace_is_described_once_a_worker_says_what_it_is() -> None:
     listener.drain()
     assert listener.sources[known.digest.hex()][0].block_tokens == 0
     labels.add(known)
-    listener.holdings.tick()
+    listener.holdings.tick({})
     source, why = listener.sources[known.digest.hex()]
     assert (source.pool, source.block_tokens, source.label, why) == ("kv", 4, "test", "")
 

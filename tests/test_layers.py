@@ -32,7 +32,11 @@ PURE = (
     "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
     "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",
     "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
+    "kvd.sglang_info", "kvd.router.fleet.told", "kvd.router.fleet.loads", "kvd.router.fleet.health",
+    "kvd.router.fleet.members", "kvd.router.fleet.linking",
     "kvd.router.policies.kvd", "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
+    "kvd.router.pages.access", "kvd.router.pages.told", "kvd.router.pages.telling", "kvd.router.pages.replies",
+    "kvd.router.pages.metrics", "kvd.ctl.router.summed", "kvd.ctl.router.figures",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import eventually
-from tests.router_harness import MockWorker, Router, drain, post, until
+from tests.router_harness import MockWorker, Router, accepted, drain, post, until
 
 HELLO = post("/echo", b"hello")
 
@@ -267,9 +267,7 @@ def test_a_worker_that_answers_twice_is_not_believed(tmp_path: object, router: R
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with Router(router.log.parent, url) as other, other.connect() as sock:
             sock.sendall(post("/flush_cache", b""))
-            upstream, _ = listening.accept()
-            with upstream:
-                until(upstream, b"\r\n\r\n")
+            with accepted(listening) as upstream:
                 upstream.sendall(
                     b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nbad"
                 )

@@ -16,9 +16,9 @@ A, B, OTHER = "http://a:1", "http://b:1", "ff" * 16
 MINE, SIDE = "01" * 16, "02" * 16
 CHAIN = list(range(100, 110))
 MEMBERS = {
-    A: Member("n", 16, frozenset({MINE})),
-    B: Member("n", 16, frozenset({MINE})),
-    "http://far:1": Member("m", 16, frozenset({MINE})),
+    A: Member("n", A, 16, frozenset({MINE})),
+    B: Member("n", B, 16, frozenset({MINE})),
+    "http://far:1": Member("m", "http://far:1", 16, frozenset({MINE})),
 }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kvd.errors import Unavailable
-from kvd.router.tokens import probe as probing
+from kvd.router.asking import MOST_BYTES, Asker
+from kvd.router.steering import Worker
 from kvd.router.tokens.parity import EVENTS, OLD_AFTER_S, Parity, Verdict
 from kvd.router.tokens.probe import Probe, tokenize
 from kvd.router.tokens.requests import CHAT, Tokeniser
@@ -61,10 +62,20 @@ async def worker(answer: Answer, asked: list[bytes] | None = None) -> AsyncItera
         yield server.sockets[0].getsockname()[1]
 
 
+@asynccontextmanager
+async def asking(port: int, key: bytes | None = None, most_bytes: int = MOST_BYTES) -> AsyncIterator[Asker]:
+    asker = Asker(Worker(f"http://127.0.0.1:{port}", "127.0.0.1", port), key, most_bytes)
+    try:
+        yield asker
+    finally:
+        asker.close()
+        await asyncio.sleep(0)
+
+
 def verdict(tokeniser: Tokeniser, answer: Answer) -> Verdict:
     async def ask() -> Verdict:
-        async with worker(answer) as port:
-            return await Probe("127.0.0.1", port, tokeniser).once()
+        async with worker(answer) as port, asking(port, most_bytes=1 << 20) as asker:
+            return await Probe(asker, tokeniser).once()
 
     return asyncio.run(ask())
 
@@ -111,26 +122,29 @@ def test_an_answer_that_is_none_leaves_the_worker_unknown(tokeniser: Tokeniser, 
     assert found.remedy
 
 
-def test_an_answer_without_end_is_given_up(tokeniser: Tokeniser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "ANSWER_BYTES", 1000)
-    found = verdict(tokeniser, lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 5000)
-    assert (found.state, "above" in found.what) == ("unknown", True)
+def test_an_answer_without_end_is_given_up(tokeniser: Tokeniser) -> None:
+    found = verdict(tokeniser, lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + b" " * (2 << 20))
+    assert (found.state, "more than" in found.what) == ("unknown", True)
 
 
 def test_nobody_there_is_unavailable() -> None:
+    async def ask() -> None:
+        async with asking(1) as asker:
+            await tokenize(asker, {"prompt": "x"})
+
     with pytest.raises(Unavailable):
-        asyncio.run(tokenize("127.0.0.1", 1, {"prompt": "x"}))
+        asyncio.run(ask())
 
 
 def test_the_workers_api_key_is_sent(tokeniser: Tokeniser) -> None:
     asked: list[bytes] = []
 
     async def ask() -> list[int]:
-        async with worker(lambda body: said([1, 2]), asked) as port:
-            return await tokenize("127.0.0.1", port, {"prompt": "x"}, "secret")
+        async with worker(lambda body: said([1, 2]), asked) as port, asking(port, b"secret") as asker:
+            return await tokenize(asker, {"prompt": "x"})
 
     assert asyncio.run(ask()) == [1, 2]
-    assert b"\r\nAuthorization: Bearer secret\r\n" in asked[0]
+    assert b"\r\nauthorization: Bearer secret\r\n" in asked[0]
 
 
 def test_what_was_heard_long_ago_is_not_believed() -> None:

@@ -1,5 +1,6 @@
 """The router's settings: what is wrong is named with its remedy, before anybody is served."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from kvd.errors import SettingsError
-from kvd.router.settings import load_router_settings
+from kvd.router.settings import example, load_router_settings
 from tests.harness import eventually
 from tests.router_harness import MockWorker, Router, post
 
@@ -24,6 +25,10 @@ WORKERS = "workers = ['http://127.0.0.1:30000']\n"
         ("workers = ['https://a']", "http://HOST:PORT"),
         ("workers = ['http://a:1', 'http://a:1']", "twice"),
         (WORKERS + "drain = 5", "drain"),
+        (WORKERS + "[[nodes]]\nevents = 'http://a:1'", "tcp://HOST:PORT"),
+        (WORKERS + "[[nodes]]\nevents = 'tcp://a:65535'", "no such port"),
+        (WORKERS + 2 * "[[nodes]]\nevents = 'tcp://a:1'\n", "twice"),
+        ("join_announced = false\n[[nodes]]\nevents = 'tcp://a:1'", "at least one"),
         (WORKERS + "[listen]\nprocesses = 0", "listen.processes"),
         (WORKERS + "[limits]\nbody_bytes = 2000\nbodies_bytes = 1024", "bodies_bytes must"),
         ("= 5", "not TOML"),
@@ -50,6 +55,17 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert (settings.listen.port, settings.listen.processes, settings.listen.clients) == (4, 3, 9)
 
 
+def test_a_node_is_told_apart_by_where_it_publishes_and_answers(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text("[[nodes]]\nevents = 'tcp://a:1'\n[[nodes]]\nevents = 'ipc:///x'\nreplay = 'tcp://b:2'\n")
+    options = load_router_settings(file, {}, {}).read_fleet()
+    assert options.nodes == [("tcp://a:1", "tcp://a:2"), ("ipc:///x", "tcp://b:2")]
+    assert options.join_announced
+    file.write_text(f"{WORKERS}model_path = '{tmp_path}'")
+    with pytest.raises(SettingsError, match=r"tokenizer\.json"):
+        load_router_settings(file, {}, {}).read_fleet()
+
+
 def test_an_unknown_variable_is_refused() -> None:
     with pytest.raises(SettingsError, match="KVD_ROUTER_PORT"):
         load_router_settings(None, {"KVD_ROUTER_PORT": "5"}, {})
@@ -61,6 +77,26 @@ def test_a_list_in_a_variable_that_is_not_json_is_named_with_the_remedy(monkeypa
         load_router_settings(None, {"KVD_ROUTER_WORKERS": "http://a:1"}, {})
     assert "workers" in str(caught.value)
     assert "JSON" in caught.value.hint
+
+
+def test_how_kvdctl_finds_the_router_is_no_setting_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(WORKERS)
+    environ = {"KVD_ROUTER_URL": "http://127.0.0.1:30080", "KVD_ROUTER_KEY": "secret"}
+    assert load_router_settings(file, environ, {}) == load_router_settings(file, {}, {})
+
+
+def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "deploy/router.toml").read_text()
+    assert text == example(), "run: kvd-router --example-config > deploy/router.toml"
+    lines = [line.removeprefix("# ") for line in text.splitlines()]
+    lines = [line for line in lines if re.match(r"\w+ = (?!\"\"$|\.\.\.$|\[\]$)|\[\w", line)]  # what has a default
+    uncommented = tmp_path / "router.toml"
+    uncommented.write_text(WORKERS + "\n".join(lines))
+    (tmp_path / "plain.toml").write_text(WORKERS)
+    plain = load_router_settings(tmp_path / "plain.toml", {}, {})
+    assert load_router_settings(uncommented, {}, {}) == plain
+    assert len(lines) > 15
 
 
 def test_the_router_itself_ends_with_78_and_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness import eventually
-from tests.router_harness import MockWorker, Router, drain, post, until
+from tests.router_harness import MockWorker, Router, accepted, drain, post, until
 
 CHAT = {"model": "mock", "stream": True, "messages": [{"role": "user", "content": "one two three"}]}
 
@@ -275,9 +275,7 @@ def test_an_answer_that_is_no_stream_is_visibly_cut(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with Router(tmp_path, url) as router, router.connect() as sock:
             sock.sendall(post("/generate", {"text": "a"}))
-            upstream, _ = listening.accept()
-            with upstream:
-                until(upstream, b"}")
+            with accepted(listening) as upstream:
                 upstream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
                 reply = until(sock, b"half")
             assert b"content-length: 100" in reply

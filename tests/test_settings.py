@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, Field
 
 from kvd.errors import SettingsError
 from kvd.settings import TenantSettings, example, load_daemon_settings
+from kvd.settingsfile import described
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,19 @@ def test_kvd_itself_ends_with_78_and_one_line(tmp_path: Path, variables: dict[st
     assert done.returncode == 78
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_an_example_has_one_of_a_list_of_tables_and_no_default_where_there_is_none() -> None:
+    class Part(BaseModel):
+        where: str = Field(description="its place")
+
+    class Whole(BaseModel):
+        words: list[str] = Field([], description="some")
+        parts: list[Part] = Field([], description="as many as there are")
+
+    assert described(Whole) == [
+        "# some", "# words = []", "", "# as many as there are", "# [[parts]]", "", "# its place", "# where = ...", "",
+    ]  # fmt: skip
 
 
 def test_the_example_is_what_the_settings_say(tmp_path: Path) -> None:

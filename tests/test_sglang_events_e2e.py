@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd import wire
+from kvd import sglang_info, wire
 from kvd.pages import chain
 from kvd.sglang_events import CPU_PINNED, GPU
 from tests.event_stream import Router, free_ports
@@ -49,6 +49,10 @@ def test_a_router_knows_exactly_what_a_real_worker_and_kvd_hold() -> None:
             router.until(lambda: asked <= set(router.held(medium=wire.RAM)), 60)
             assert len(router.held(medium=wire.RAM)) == pages_held(kvd)
             assert router.view.sources[url, 0, ""].source.block_tokens == PAGE_TOKENS
+            told = json.loads(server.request("GET", "/server_info"))
+            assert router.view.sources[url, 0, ""].source.life == sglang_info.life(told) != ""
+            kept = [known.source for known in router.view.sources.values() if known.source.pool == "kv"]
+            assert {source.workers for source in kept if source.block_tokens} == {(url,)}, "it is attached"
             server.flush_cache()
             router.until(lambda: not router.held(url, medium=GPU) and not router.held(url, medium=CPU_PINNED), 60)
             assert (router.why, router.source_why(url)) == ("", "")

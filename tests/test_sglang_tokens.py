@@ -6,21 +6,43 @@ from typing import Any
 
 import pytest
 
+from kvd import sglang_info
+from kvd.router.asking import Asker
+from kvd.router.fleet.loads import PATH as LOADS
+from kvd.router.fleet.loads import report
+from kvd.router.fleet.told import Told
+from kvd.router.steering import Worker
+from kvd.router.tokens.parity import Verdict
 from kvd.router.tokens.probe import Probe
 from kvd.router.tokens.requests import CHAT, Tokeniser
-from kvd.router.tokens.serving import Serving
-from tests.sglang_node import needs_sglang, worker
+from tests.sglang_node import PAGE_TOKENS, SERVED_AS, needs_sglang, worker
 from tests.test_router_prompts import CASES
 from tools.demo.node import MODEL
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+async def verdict_of(port: int, tokeniser: Tokeniser) -> Verdict:
+    asker = Asker(Worker("sglang", "127.0.0.1", port))
+    try:
+        return await Probe(asker, tokeniser).once()
+    finally:
+        asker.close()
+
+
 def test_a_real_worker_is_equal_and_counts_the_same_prompt_tokens() -> None:
     with worker("tokens", None) as server:
-        told = json.loads(server.request("GET", "/server_info"))
-        tokeniser = Tokeniser.open(MODEL, Serving.of(told))
-        verdict = asyncio.run(Probe("127.0.0.1", server.port, tokeniser).once())
+        info = server.request("GET", "/server_info")
+        told = Told.of(info.encode())
+        assert len(told.life) == 32
+        assert told.life == sglang_info.life(json.loads(server.request("GET", "/server_info")))
+        assert (told.block_tokens, told.serving.served_name) == (PAGE_TOKENS, SERVED_AS)
+        assert min(told.most_tokens, told.token_bytes) > 0
+        load = report(server.request("GET", LOADS).encode(), 100.0)
+        assert (load.running, load.waiting, load.waiting_tokens, load.most_tokens) == (0, 0, 0, told.most_tokens)
+        assert 0 < load.made_at <= 100.0
+        tokeniser = Tokeniser.open(MODEL, told.serving)
+        verdict = asyncio.run(verdict_of(server.port, tokeniser))
         assert verdict.state == "equal", verdict
         compared = 0
         for path, body in CASES:

@@ -1,4 +1,5 @@
-"""The unit: correct, hardened, and in a really booted systemd it keeps the RAM tier through kill -9 and restart."""
+"""The units: correct, hardened; in a really booted systemd kvd keeps the RAM tier through kill -9 and restart, and the
+router comes back and stops cleanly."""
 
 import json
 import os
@@ -15,7 +16,8 @@ from kvd import systemd
 from tests.harness import Daemon
 
 ROOT = Path(__file__).parents[1]
-UNIT = ROOT / "deploy/systemd/kvd.service"
+UNITS = ROOT / "deploy/systemd"
+UNIT = UNITS / "kvd.service"
 needs_analyze = pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="no systemd-analyze: apt install systemd"
 )
@@ -27,15 +29,20 @@ needs_boot = pytest.mark.skipif(
 
 
 @needs_analyze
-def test_the_unit_is_correct_and_hardened(tmp_path: Path) -> None:
-    copy = tmp_path / "kvd.service"
-    copy.write_text(UNIT.read_text().replace("User=kvd\nGroup=kvd\n", ""))  # the user is made by sysusers, not here
+@pytest.mark.parametrize("user", ["kvd", "kvd-router"])
+def test_the_unit_is_correct_and_hardened(user: str, tmp_path: Path) -> None:
+    unit = UNITS / f"{user}.service"
+    copy = tmp_path / unit.name
+    text = unit.read_text()
+    assert f"User={user}\nGroup={user}\n" in text
+    copy.write_text(text.replace(f"User={user}\nGroup={user}\n", ""))  # the user is made by sysusers, not here
+    assert f"u {user} - " in (UNITS / "kvd.sysusers").read_text()
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, check=False
     )
-    assert "kvd.service" not in verified.stderr, verified.stderr
+    assert unit.name not in verified.stderr, verified.stderr
     rated = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNIT],
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert rated.returncode == 0, rated.stdout
@@ -116,11 +123,20 @@ ExecStart={python} -m kvd.main
 Environment=PYTHONPATH={root} KVD_ARENA__SIZE_BYTES=67108864 KVD_ARENA__EXTENT_BYTES=8388608
 WatchdogSec=2
 """
+ROUTER_DROP_IN = """[Service]
+User=root
+Group=root
+ProtectHome=no
+PrivateTmp=no
+ExecStart=
+ExecStart={python} -m kvd.router.main --worker http://127.0.0.1:9
+Environment=PYTHONPATH={root} KVD_ROUTER_LISTEN__PROCESSES=2
+"""
 SELFTEST = """[Unit]
 After=basic.target
 [Service]
 Type=oneshot
-TimeoutStartSec=60
+TimeoutStartSec=90
 Environment=PYTHONPATH={root}
 ExecStart={python} {root}/tests/systemd_selftest.py /run/kvd-out/result.json
 ExecStopPost=/bin/systemctl poweroff --no-block
@@ -130,14 +146,16 @@ TARGET = "[Unit]\nRequires=basic.target\nAfter=basic.target\nAllowIsolate=yes\nW
 
 @needs_boot
 @pytest.mark.timeout(180)
-def test_in_a_booted_systemd_pages_survive_kill_9_restart_and_watchdog(tmp_path: Path) -> None:
+def test_in_a_booted_systemd_both_survive_kill_9_and_pages_restart_and_watchdog(tmp_path: Path) -> None:
     units, out, layers = tmp_path / "units", tmp_path / "out", tmp_path / "layers"
-    (units / "kvd.service.d").mkdir(parents=True)
+    units.mkdir()
     out.mkdir()
     layers.mkdir()
     places = {"python": sys.executable, "root": ROOT}
-    shutil.copy(UNIT, units)
-    (units / "kvd.service.d/test.conf").write_text(DROP_IN.format(**places))
+    for unit, drop_in in (("kvd.service", DROP_IN), ("kvd-router.service", ROUTER_DROP_IN)):
+        shutil.copy(UNITS / unit, units)
+        (units / f"{unit}.d").mkdir()
+        (units / f"{unit}.d/test.conf").write_text(drop_in.format(**places))
     (units / "kvdselftest.service").write_text(SELFTEST.format(**places))
     (units / "kvdtest.target").write_text(TARGET)
     script = f"""
@@ -165,4 +183,7 @@ def test_in_a_booted_systemd_pages_survive_kill_9_restart_and_watchdog(tmp_path:
         "after restart": 20,
         "after the watchdog": 20,
         "after stop and start": 0,
+        "router": "ok",
+        "router after kill -9": "ok",
+        "router stopped": "success",
     }, f"{seen}\n{journal}"

@@ -29,6 +29,7 @@ STREAM_SOURCE = wire.Source("", 0, "00ff", "kv", "model", "alice", 64)
 SAMPLES: list[wire.Message] = [
     wire.Hello(1, "worker", "model rank 0/1"),
     wire.Join([SPEC]),
+    wire.Join([SPEC], "30000-7"),
     wire.Ping(7),
     wire.Report("open: kvd does not answer", {"circuit_trips": 1}),
     wire.GetStatus(),
@@ -92,6 +93,7 @@ SAMPLES: list[wire.Message] = [
     wire.Committed(4, 1),
     wire.GetSnapshot(5),
     wire.SnapshotPart(5, "node-1", 9, 7, STREAM_SOURCE, "late", wire.RAM, [(None, wire.pack_hashes([1, -2]))]),
+    wire.SnapshotPart(5, "node-1", 9, 7, wire.Source("http://127.0.0.1:30000", 1, life="00ff", workers=("http://a",))),
 ]
 DECODERS = {
     wire.ToDaemon: wire.decode_to_daemon,

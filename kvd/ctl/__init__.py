@@ -1,7 +1,7 @@
-"""`kvdctl`: the operator's tool. One file per command; each only asks the daemon and shows what came back;
-`simulate` asks nobody.
+"""`kvdctl`: the operator's tool. One file per command; each only asks the daemon, or the router, and shows what came
+back; `simulate` asks nobody.
 
-Exit status of every command: 0 fine, 1 something is wrong, 2 wrong usage, 3 no daemon reachable.
+Exit status of every command: 0 fine, 1 something is wrong, 2 wrong usage, 3 no daemon reachable, or no router.
 """
 
 from typing import Annotated
@@ -11,6 +11,7 @@ import typer
 from kvd import __version__
 from kvd.ctl import doctor, evict, explain, ls, pins, quota, status, tiers, verify, workers
 from kvd.ctl.moving import export, importing
+from kvd.ctl.router import top, worker
 from kvd.ctl.simulate.command import app as simulation
 
 app = typer.Typer(
@@ -34,16 +35,17 @@ def kvdctl(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Look after kvd, the daemon that keeps the KV cache of this node's SGLang workers.
+    """Look after kvd, the daemon that keeps the KV cache of this node's SGLang workers, and after kvd-router.
 
-    Start with `kvdctl doctor`: it proves the whole path and says how to repair what is broken.
+    Start with `kvdctl doctor`: it proves the whole path and says how to repair what is broken. `top`, `worker` and
+    `explain REQUEST-ID` ask a router, anything else the daemon of this node.
 
     \b
     Exit status of every command:
       0  fine
       1  something is wrong: a red line, a damaged page, a request that kvd refused
       2  wrong usage
-      3  no daemon reachable: none there, or it does not answer
+      3  no daemon (or no router) reachable: none there, or it does not answer
     """
 
 
@@ -55,6 +57,7 @@ for _name, _module in (
     ("ls", ls),
     ("verify", verify),
     ("explain", explain),
+    ("top", top),
     ("evict", evict),
     ("export", export),
     ("import", importing),
@@ -62,4 +65,5 @@ for _name, _module in (
     app.command(_name)(_module.command)
 for _name, _command in (("pin", pins.pin), ("unpin", pins.unpin), ("pins", pins.pins), ("quota", quota.command)):
     app.command(_name)(_command)
+app.add_typer(worker.app, name="worker")
 app.add_typer(simulation, name="simulate")

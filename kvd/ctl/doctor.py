@@ -5,27 +5,49 @@ Changes nothing that lasts. Never hangs: every check has a deadline of its own.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from kvd.ctl.checks import attached, lower, memory, processes, reach, trip
+from kvd.ctl.checks import attached, lower, memory, processes, reach, routing, trip
 from kvd.ctl.checks.finding import STEP_S, Finding, within, worst
+from kvd.ctl.router.link import URL_VARIABLE, KeyFileOption, router_at
 from kvd.ctl.terminal import FINE, NO_DAEMON, WRONG, JsonOption, SocketOption, printable, show_json, socket_path
 
 _STYLES = {"green": typer.colors.GREEN, "yellow": typer.colors.YELLOW, "red": typer.colors.RED}
 
+_ROUTER_S = 6.5  # two questions, with what each of them may take
 
-def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
+AskedRouterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--router", metavar="URL", envvar=URL_VARIABLE, help="A router to look at too. By default none.",
+        show_default=False,
+    ),
+]  # fmt: skip
+
+
+def command(
+    socket: SocketOption = None,
+    router: AskedRouterOption = None,
+    key_file: KeyFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Prove that the cache works on this node.
 
     Asks the daemon, sends one page through it and compares what comes back, then looks at every attached worker,
     at SGLang processes that should be attached and are not, and at the memory. Each line that is not green says
     what to do. It can run at any time: the page it sends is removed again, and no check takes longer than 3 s.
 
+    With --router it also asks that router: whether it answers, whether each of its workers is there and is sent
+    requests for what it has cached (its tokens are the router's own, its node is known exactly), and whether what
+    the router believes to be cached is.
+
     \b
     Examples:
       kvdctl doctor
       kvdctl doctor --socket /run/kvd/kvd.sock
+      kvdctl doctor --router http://127.0.0.1:30080
       kvdctl doctor --json | jq '.checks[] | select(.level != "green")'
 
     \b
@@ -33,6 +55,8 @@ def command(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """
     path = socket_path(socket)
     findings, answered = diagnose(path)
+    if router is not None:
+        findings += within(_ROUTER_S, routing.CHECK, lambda: routing.routing(router_at(router, key_file)))
     level = worst(findings)
     if as_json:
         show_json({"socket": str(path), "level": level, "checks": findings})

@@ -47,7 +47,7 @@ def reporting(as_json: bool) -> Iterator[None]:
         if as_json:
             body = msgspec.json.encode({"error": error.message, "hint": error.hint}).decode()
         else:
-            body = f"kvdctl: {error}"
+            body = f"kvdctl: {printable(str(error))}"
         print(body, file=sys.stderr)
         raise typer.Exit(NO_DAEMON if isinstance(error, Unavailable) else WRONG) from error
 

@@ -1,4 +1,4 @@
-"""Where a worker publishes its KV events: its own answer to `GET /server_info`."""
+"""Which worker answers at a URL, and where it publishes its KV events: its own answer to `GET /server_info`."""
 
 import urllib.error
 import urllib.request
@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvd import sglang_info
 from kvd.errors import PeerError, Unavailable
 
 _MOST_BYTES = 4 << 20
@@ -45,6 +46,22 @@ def server_info(url: str, timeout_s: float) -> bytes:
             return bytes(answer.read(_MOST_BYTES))
     except (OSError, urllib.error.URLError, ValueError) as error:
         raise Unavailable(f"{url} does not answer /server_info: {error}", "is the worker running there?") from error
+
+
+class Identity(NamedTuple):
+    """Which worker this is: see kvd.sglang_info."""
+
+    server: str
+    life: str
+
+
+def identity(info: bytes) -> Identity:
+    """Both "" where the answer is not understood."""
+    try:
+        told = msgspec.json.decode(info)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        told = None
+    return Identity(sglang_info.server(told), sglang_info.life(told))
 
 
 def addresses(url: str, info: bytes) -> list[Address]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import zmq
 
 from kvd import wire
-from kvd.daemon.holdings import Holdings
+from kvd.daemon.holdings import Holdings, attached
+from kvd.daemon.node import Node
 from kvd.daemon.readers import Frames, Readers
-from kvd.daemon.stock import Stock
 from kvd.daemon.stream import Held, Stream, snapshot
 from kvd.daemon.workers import Workers
 from kvd.errors import SettingsError
@@ -34,7 +34,7 @@ _MOST_REQUEST_BYTES = 4096
 class Events:
     """Binds at once. Raises SettingsError where an endpoint cannot be used. `close` may be called twice."""
 
-    def __init__(self, settings: EventSettings, epoch: int, stock: Stock, mode: int) -> None:
+    def __init__(self, settings: EventSettings, epoch: int, node: Node, mode: int) -> None:
         """`mode`: the permission of sockets that are files."""
         assert settings.endpoint is not None, "there is a stream"
         self._loop = asyncio.get_running_loop()
@@ -45,16 +45,17 @@ class Events:
         self._pub = self._bound(zmq.PUB, settings.endpoint, mode)
         self._pub.setsockopt(zmq.SNDHWM, _QUEUE)
         self._readers = Readers(self._bound(zmq.ROUTER, settings.replay, mode), self._answer)
-        self.holdings = Holdings(settings.most_blocks, stock.labels, self._say, self._wake)
+        self.holdings = Holdings(settings.most_blocks, node.labels, self._say, self._wake)
         self.workers = Workers(self._context, settings.workers, settings.most_blocks, self._say)
-        self._counters = stock.counters
-        stock.follow(self.holdings)
+        self._counters = node.stock.counters
+        self._sessions = node.sessions
+        node.stock.follow(self.holdings)
         log.info("prefix events at %s, snapshots at %s", settings.endpoint, settings.replay)
 
     def tick(self, now: float) -> None:
         """What is due: questions to workers, what became known of namespaces, a sign of life."""
         self.workers.tick(now)
-        self.holdings.tick()
+        self.holdings.tick(attached(self.workers.names, self._sessions.all()))
         if now - self._beat_at >= HEARTBEAT_S:
             self._beat_at = now
             self._say(wire.Source(), (), "")

@@ -9,12 +9,13 @@ is not known here, and its namespace says so.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvd import wire
 from kvd.daemon.group import NO_PARENT
 from kvd.daemon.labels import Labels
 from kvd.daemon.mirror import Blocks
+from kvd.daemon.sessions import Session
 from kvd.pages import NAMESPACE_BYTES
 from kvd.sglang_events import NO_TOKENS, AnyEvent, Cleared, Removed, Stored
 
@@ -38,11 +39,10 @@ class Namespace:
         self.held: dict[str, Blocks] = {}
         self.events: list[AnyEvent] = []  # to be said
 
-    def describe(self, spec: wire.NamespaceSpec) -> None:
+    def describe(self, spec: wire.NamespaceSpec | None, workers: tuple[str, ...] = ()) -> None:
         self.spec = spec
-        self.source = wire.Source(
-            "", 0, self.digest.hex(), spec.pool, spec.label, spec.tenant, spec.page_tokens
-        )  # fmt: skip
+        pool, label, tenant, tokens = ("", "", "", 0) if spec is None else _described(spec)
+        self.source = wire.Source("", 0, self.digest.hex(), pool, label, tenant, tokens, workers=workers)
 
     def store(self, medium: str, value: int, parent: int | None) -> None:
         self.held.setdefault(medium, {})[value] = parent
@@ -128,14 +128,14 @@ class Holdings:
         self._tell(touched.values())
         return bool(self._noted)
 
-    def tick(self) -> None:
-        """Say what has become known of the namespaces."""
+    def tick(self, attached: Mapping[bytes, tuple[str, ...]]) -> None:
+        """Say what has become known of the namespaces; `attached`: the workers' URLs by namespace."""
         changed: list[Namespace] = []
         for digest, namespace in self._namespaces.items():
-            spec = self._labels.get(digest)
-            if spec is not None and spec is not namespace.spec:
+            spec, workers = self._labels.get(digest) or namespace.spec, attached.get(digest, ())
+            if spec is not namespace.spec or workers != namespace.source.workers:
                 before = namespace.source
-                namespace.describe(spec)
+                namespace.describe(spec, workers)
                 if namespace.source != before:
                     changed.append(namespace)
         self._tell(changed)
@@ -173,6 +173,26 @@ class Holdings:
             if not namespace.held:
                 namespace.why = ""
         return touched
+
+
+def attached(names: Mapping[str, str], sessions: Iterable[Session]) -> dict[bytes, tuple[str, ...]]:
+    """URLs of the workers that are attached with each namespace. `names`: kvd.sglang_info's, by URL.
+
+    Two workers of one name are not told apart, and so neither is said to be attached.
+    """
+    known: dict[str, str | None] = {}
+    for url, name in names.items():
+        known[name] = None if name in known else url
+    found: dict[bytes, set[str]] = {}
+    for session in sessions:
+        if (owner := known.get(session.server)) is not None:
+            for spec in session.namespaces:
+                found.setdefault(spec.digest, set()).add(owner)
+    return {digest: tuple(sorted(urls)) for digest, urls in found.items()}
+
+
+def _described(spec: wire.NamespaceSpec) -> tuple[str, str, str, int]:
+    return spec.pool, spec.label, spec.tenant, spec.page_tokens
 
 
 def block_hash(key: bytes) -> int:

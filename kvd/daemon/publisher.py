@@ -8,6 +8,7 @@ out what came over the next one; so a message is taken first, and then looked wh
 import logging
 from collections.abc import Callable, Sequence
 
+import msgspec
 import zmq
 
 from kvd import wire
@@ -30,9 +31,9 @@ Context = zmq.Context[zmq.Socket[bytes]]
 class Publisher:
     """`broke`: the connection was lost since somebody last set this to False. `close` may be called twice."""
 
-    def __init__(self, context: Context, url: str, at: Address, most_blocks: int, say: Say) -> None:
+    def __init__(self, context: Context, url: str, at: Address, most_blocks: int, say: Say, life: str = "") -> None:
         self.at = at
-        self.source = wire.Source(url, at.rank, block_tokens=at.block_tokens)
+        self.source = wire.Source(url, at.rank, block_tokens=at.block_tokens, life=life)
         self.mirror = Mirror(most_blocks)
         self.broke = False
         self._say = say
@@ -57,6 +58,12 @@ class Publisher:
     @property
     def why(self) -> str:
         return self.mirror.why
+
+    def lives(self, life: str) -> None:
+        """Which life of the worker this is: see kvd.sglang_info."""
+        if life != self.source.life:
+            self.source = msgspec.structs.replace(self.source, life=life)
+            self._say(self.source, [], self.mirror.why)
 
     def tick(self, now: float) -> None:
         """Ask for what is missing, and after a silence whether anything is; give up on answers that do not come."""

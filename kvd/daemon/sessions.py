@@ -28,6 +28,7 @@ class Session:
     since: float
     table: Table | None
     namespaces: list[wire.NamespaceSpec] = field(default_factory=list)
+    server: str = ""  # whose rank it is, if it said: see kvd.sglang_info
     circuit: str = "open: not attached yet"  # until it reports otherwise
     counters: dict[str, int] = field(default_factory=dict)
 

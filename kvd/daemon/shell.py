@@ -25,6 +25,7 @@ from kvd.errors import PeerError, Refused, VersionSkew
 from kvd.leasetable import LeaseTableReader
 from kvd.places import DATA_SOCKET, SOCKET
 from kvd.settings import DaemonSettings
+from kvd.sglang_info import MOST_CHARACTERS
 from kvd.storage import memory
 
 log = logging.getLogger("kvd")
@@ -59,7 +60,7 @@ class Shell:
         self._removals = Removals(self._node, self._lower)
         self._events: Events | None = None
         if settings.events.endpoint is not None:
-            self._events = Events(settings.events, room.epoch, room.node.stock, settings.socket_mode)
+            self._events = Events(settings.events, room.epoch, room.node, settings.socket_mode)
 
     # -- kvd.sock ------------------------------------------------------------------------------------------
 
@@ -75,7 +76,10 @@ class Shell:
         match message:
             case wire.Ping(n):
                 member.send(wire.Pong(n, self.prefaulted))
-            case wire.Join(namespaces):
+            case wire.Join(namespaces, server):
+                if len(server) > MOST_CHARACTERS:
+                    raise PeerError("an oversized name of a server")
+                session.server = server
                 scratch.claim(self._node, session, namespaces)
                 member.send(wire.Joined(self._node.join(session, namespaces, time.monotonic())))
             case wire.Report(circuit, counters):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from kvd.daemon.discovery import Address, addresses, server_info
+from kvd.daemon.discovery import Address, addresses, identity, server_info
 from kvd.daemon.publisher import Context, Publisher, Say
 from kvd.errors import KvdError
 from kvd.sglang_events import Cleared
@@ -19,13 +19,17 @@ _ASK_S, _ASK_AGAIN_S = 2.0, 2.0
 
 
 class Workers:
-    """`publishers`: of all workers that were found. `follow` is a job; `close` ends what it opened."""
+    """`publishers`: of all workers that were found; `names`: kvd.sglang_info's, by the URLs of those that answered.
+
+    `follow` is a job; `close` ends what it opened.
+    """
 
     def __init__(self, context: Context, urls: Sequence[str], most_blocks: int, say: Say) -> None:
         self._context = context
         self._urls = [url.rstrip("/") for url in urls]
         self._most_blocks = most_blocks
         self._say = say
+        self.names: dict[str, str] = {}
         self._found: dict[str, list[Publisher]] = {}
         self._trouble: dict[str, str] = {}
 
@@ -53,7 +57,10 @@ class Workers:
             found = self._found.get(url)
             if found is None or any(publisher.broke for publisher in found):
                 try:
-                    self._adopt(url, addresses(url, await asyncio.to_thread(server_info, url, _ASK_S)))
+                    info = await asyncio.to_thread(server_info, url, _ASK_S)
+                    known = identity(info)
+                    self.names[url] = known.server
+                    self._adopt(url, addresses(url, info), known.life)
                     self._trouble.pop(url, None)
                 except KvdError as error:
                     if self._trouble.get(url) != str(error):
@@ -61,14 +68,16 @@ class Workers:
                     self._trouble[url] = str(error)
             await asyncio.sleep(_ASK_AGAIN_S)
 
-    def _adopt(self, url: str, now: list[Address]) -> None:
+    def _adopt(self, url: str, now: list[Address], life: str) -> None:
         before = self._found.get(url, [])
         for publisher in before:
             publisher.broke = False
         if [publisher.at for publisher in before] == now:
+            for publisher in before:
+                publisher.lives(life)
             return
         for publisher in before:
             publisher.close()
             self._say(publisher.source, [Cleared()], "the worker's events come from elsewhere now")
-        self._found[url] = [Publisher(self._context, url, at, self._most_blocks, self._say) for at in now]
+        self._found[url] = [Publisher(self._context, url, at, self._most_blocks, self._say, life) for at in now]
         log.info("following the KV events of %s, %d ranks", url, len(now))

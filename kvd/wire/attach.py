@@ -32,6 +32,7 @@ class Join(Message, tag="join", frozen=True):
     """Announce namespaces; the reply's ids are valid for this connection only."""
 
     namespaces: list[NamespaceSpec]
+    server: str = ""  # whose rank this is: see kvd.sglang_info
 
 
 class Ping(Message, tag="ping", frozen=True):

@@ -43,6 +43,8 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     label: str = ""
     tenant: str = ""
     block_tokens: int = 0  # 0: not known yet
+    life: str = ""  # of a worker: see kvd.sglang_info
+    workers: tuple[str, ...] = ()  # of a namespace: URLs of the workers that are attached with it
 
 
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,10 +1,11 @@
-"""Small requests whose answers are collected: the router's own questions, and orders that are for every worker."""
+"""Small requests on behalf of clients, whose answers are collected, and orders that are for every worker."""
 
 import asyncio
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvd.router.asking import Collector
 from kvd.router.proxy.headers import request_head
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Lost
@@ -14,44 +15,18 @@ if TYPE_CHECKING:
     from kvd.router.proxy.house import House
 
 _OWN_S = 2.0
-_MOST_BYTES = 16 << 20
 _JSON = [(b"content-type", b"application/json")]
-
-
-class _Collector:
-    """A small answer, all of it. Implements kvd.router.proxy.upstream.Receiver."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.whole: asyncio.Future[tuple[int, bytes]] = loop.create_future()  # raises Lost
-        self._status = 0
-        self._body = bytearray()
-
-    def answer(
-        self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
-    ) -> None:
-        self._status = status
-        self.more(body, whole)
-
-    def more(self, body: bytes, whole: bool) -> None:
-        self._body += body
-        if self.whole.done():
-            return
-        if len(self._body) > _MOST_BYTES:
-            self.whole.set_exception(Lost("the answer is too large to collect"))
-        elif whole:
-            self.whole.set_result((self._status, bytes(self._body)))
-
-    def lost(self, why: str) -> None:
-        if not self.whole.done():
-            self.whole.set_exception(Lost(why))
 
 
 async def tell(
     house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float
 ) -> tuple[int, bytes]:
     """Status and body of one worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
-    connection = await house.pools[worker.name].connect(once=True)
-    collector = _Collector(house.loop)
+    pool = house.pools.get(worker.name)
+    if pool is None:
+        raise Lost(f"{worker.name} has just left")
+    connection = await pool.connect(once=True)
+    collector = Collector()
     keys = house.tenants.needed, house.worker_key
     try:
         written = request_head(head, worker.authority, len(body), request_id, *keys)

@@ -35,6 +35,7 @@ class Client(asyncio.Protocol):
         self._house = house
         self._limits = house.limits
         self._transport: asyncio.Transport | None = None
+        self._peer = ""  # its address
         self._received = bytearray()
         self._seen = 0  # of it, bytes that hold no whole head
         self._head: Head | None = None  # of the request whose body is on its way
@@ -53,6 +54,7 @@ class Client(asyncio.Protocol):
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
+        self._peer = str((transport.get_extra_info("peername") or ("",))[0])
         self._deadline = self._house.loop.time() + self._limits.head_s
         if not self._house.enter(self):
             self._refuse(503, "too many connections")
@@ -109,7 +111,7 @@ class Client(asyncio.Protocol):
         head, self._head, self._chunks = self._head, None, None
         self._deadline = _FOREVER
         assert self._tenant is not None
-        own = self._house.own_page(head)
+        own = self._house.own_page(head, body)
         if own is not None:
             self.write(own)
             self.done(head.keep)
@@ -135,7 +137,7 @@ class Client(asyncio.Protocol):
 
     def _admit(self, head: Head) -> None:
         """Whether this client may ask this at all, before its body is taken."""
-        self._endpoint, self._tenant = self._house.admit(head)
+        self._endpoint, self._tenant = self._house.admit(head, self._peer)
         if head.length > self._limits.body_bytes:
             raise Malformed(413, f"the body is larger than {self._limits.body_bytes} bytes")
         self._chunks = Chunks(self._limits.body_bytes) if head.chunked else None

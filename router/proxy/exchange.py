@@ -133,7 +133,10 @@ class Exchange:
 
     async def _attempt(self, choice: Choice, request: Incoming) -> tuple[Outcome, str]:
         self._choice = choice
-        pool = self._house.pools[choice.worker.name]
+        pool = self._house.pools.get(choice.worker.name)
+        if pool is None:
+            self._finish("unreachable")
+            return "unreachable", "it has just left"
         # One that lay idle may be closing: what changes a worker is not sent twice, so it is not sent there.
         once = not self._may_repeat("no_answer")
         try:

@@ -4,10 +4,13 @@ import asyncio
 import re
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvd.router.pages.metrics import named
+from kvd.router.pages.pages import FOLDER, Pages
+from kvd.router.pages.told import Told
 from kvd.router.proxy.answers import Answer
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.endpoints import Endpoint, endpoint
@@ -18,7 +21,6 @@ from kvd.router.tenants import Tenant, Tenants, Unsaltable
 
 _ID = re.compile(rb"[0-9A-Za-z_.:-]{1,64}")
 _SECONDS = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
-_TEXT = (b"content-type", b"text/plain; charset=utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +49,38 @@ class House:
         steering: Steering,
         tenants: Tenants,
         limits: Limits,
+        told: Told,
         worker_key: bytes | None = None,
+        fleet_numbers: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.steering = steering
         self.tenants = tenants
         self.limits = limits
         self.worker_key = worker_key
+        self._fleet_numbers = fleet_numbers
         self.pools = {name: Pool(worker, limits.connect_s) for name, worker in workers.items()}
         self.counts: Counter[str] = Counter()
         self.draining = False
+        self._pages = Pages(told, self)
         self._clients: set[Client] = set()
         self._empty = asyncio.Event()  # nobody is connected
         self._bodies = 0
         self._prefix = secrets.token_hex(6)
         self._number = 0
+
+    # Workers: kvd.router.fleet.crew.Doors
+
+    def join(self, worker: Worker) -> None:
+        """Requests may be sent there. A no-op where they may already."""
+        if worker.name not in self.pools:
+            self.pools[worker.name] = Pool(worker, self.limits.connect_s)
+
+    def leave(self, name: str) -> None:
+        """Answers still on their way from there are cut, and go on elsewhere where they can."""
+        pool = self.pools.pop(name, None)
+        if pool is not None:
+            pool.cut("the worker was removed")
 
     # Connections
 
@@ -102,11 +121,12 @@ class House:
         self._number += 1
         return f"{self._prefix}-{self._number:x}"
 
-    def admit(self, head: Head) -> tuple[Endpoint, Tenant]:
-        """Who asks, and for what. Raises Malformed with 401 or 403."""
+    def admit(self, head: Head, peer: str) -> tuple[Endpoint, Tenant]:
+        """Who asks, from which address, and for what. Raises Malformed with 401 or 403."""
         known = endpoint(head.path)
         tenant = self.tenants.who(head.single)
-        if head.target.startswith(b"/kvd/"):
+        if head.target.startswith(FOLDER):
+            self._pages.admit(head, tenant, peer)
             return known, tenant or Tenant("")
         if tenant is None:
             raise Malformed(401, "no known API key: send it as `authorization: Bearer KEY` or `x-api-key: KEY`")
@@ -139,26 +159,21 @@ class House:
             tenant.priority, now, now + min(seconds, self.limits.queue_s), known.routed,
         )  # fmt: skip
 
-    def own_page(self, head: Head) -> bytes | None:
+    def own_page(self, head: Head, body: bytes) -> bytes | None:
         """The whole answer to a request for the router itself; None for any other."""
-        if not head.target.startswith(b"/kvd/"):
+        if not head.target.startswith(FOLDER):
             return None
+        reply = self._pages.answer(head, body)
         answer = Answer(head, self.request_id(head).encode(), head.keep)
-        if head.method not in ("GET", "HEAD"):
-            return answer.whole(405, b"GET only\n", [_TEXT])
-        if head.path == "/kvd/health":
-            status, body = (503, b"draining\n") if self.draining else (200, b"ok\n")
-            return answer.whole(status, body, [_TEXT])
-        if head.path == "/kvd/metrics":
-            return answer.whole(200, self._metrics().encode(), [_TEXT])
-        return answer.whole(404, b"no such page\n", [_TEXT])
+        return answer.whole(reply.status, reply.body, [(b"content-type", reply.kind)])
 
-    def _metrics(self) -> str:
+    def numbers(self) -> dict[str, float]:
+        """For /kvd/metrics, by name."""
         numbers: dict[str, float] = {f"{name}_total": count for name, count in sorted(self.counts.items())}
         numbers |= {"clients": len(self._clients), "bodies_bytes": self._bodies}
-        numbers |= {f'worker_connections{{worker="{name}"}}': len(pool) for name, pool in self.pools.items()}
-        numbers |= {f"steering_{name}": value for name, value in self.steering.describe().items()}
-        return "".join(f"kvd_router_{name} {value:g}\n" for name, value in numbers.items())
+        numbers |= {named("worker_connections", worker=name): len(pool) for name, pool in self.pools.items()}
+        numbers |= {f'fleet_{name}': value for name, value in self._fleet_numbers().items()}
+        return numbers | {f"steering_{name}": value for name, value in self.steering.describe().items()}
 
     # Goodbye
 

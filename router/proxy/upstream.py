@@ -83,6 +83,10 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def cut(self, why: str) -> None:
+        """End it; who waits for an answer is told."""
+        self._lose(why)
+
     def pause(self) -> None:
         """Take nothing more from the worker for now."""
         if self.usable and not self._paused:
@@ -252,6 +256,12 @@ class Pool:
         self._all.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def cut(self, why: str) -> None:
+        """End every connection; who waits for an answer is told."""
+        for connection in list(self._all):
+            connection.cut(why)
+        self._idle.clear()
 
     def close(self) -> None:
         """Drop every connection, busy ones too. Idempotent."""

@@ -1,0 +1,135 @@
+"""The way to a router: its pages over HTTP, the key, and the errors that an operator can act on.
+
+A router may be several processes on one port, each of which knows what it did itself. Which one answers is decided by
+the kernel for each connection, so whoever wants them all asks on new connections until each has answered.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import msgspec
+import typer
+
+from kvd.errors import KvdError, PeerError, Refused, Unavailable
+from kvd.router.pages import replies
+
+DEFAULT_URL: Final = "http://127.0.0.1:30080"
+URL_VARIABLE, KEY_VARIABLE = "KVD_ROUTER_URL", "KVD_ROUTER_KEY"
+TIMEOUT_S: Final = 3.0  # of one answer; a healthy router needs milliseconds
+_MISDIRECTED: Final = 421
+_TRIES: Final = 20  # connections for each process that is looked for
+_MOST_PROCESSES: Final = 64  # that a router can be
+
+R = TypeVar("R", bound=replies.Reply)
+
+RouterOption = Annotated[
+    str, typer.Option("--router", metavar="URL", envvar=URL_VARIABLE, help="Where the router listens.")
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        metavar="PATH",
+        help=f"An administrator's API key, in a file. By default ${KEY_VARIABLE}; a router without keys needs none.",
+        show_default=False,
+    ),
+]
+
+
+class RouterLink:
+    """One router. Every call opens connections of its own, waits for no byte longer than `timeout_s`, and raises
+    KvdError."""
+
+    def __init__(self, url: str, key: str, timeout_s: float = TIMEOUT_S) -> None:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or parts.path.strip("/") or parts.query or parts.username is not None:
+            raise KvdError(f"{url!r} is no router's address", f"it looks like {DEFAULT_URL}")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._key = key
+        self._timeout_s = timeout_s
+
+    def ask(self, path: str, kind: type[R], **query: str) -> R:
+        """What one of the router's processes says."""
+        status, body = self._exchange("GET", path + _query(query), b"")
+        return _decoded(kind, self._checked(status, body))
+
+    def ask_all(self, path: str, kind: type[R], **query: str) -> list[R]:
+        """What every process says."""
+        first = self.ask(path, kind, **query)
+        found = {first.pid: first}
+        for _ in range(_TRIES * min(first.processes, _MOST_PROCESSES)):
+            if len(found) >= first.processes:
+                return list(found.values())
+            said = self.ask(path, kind, **query)
+            found[said.pid] = said
+        raise Unavailable(
+            f"only {len(found)} of the {first.processes} processes at {self.url} answered", "try again in a moment"
+        )
+
+    def change(self, what: str, worker: str) -> None:
+        """`what`: add, drain or remove. Told to every process; the first that refuses ends it."""
+        body = msgspec.json.encode(replies.Change(worker))
+        for one in self.ask_all("/kvd/workers", replies.Workers):
+            path = f"/kvd/workers/{what}{_query({'pid': str(one.pid)})}"
+            for _ in range(_TRIES * min(one.processes, _MOST_PROCESSES)):
+                status, answer = self._exchange("POST", path, body)
+                if status != _MISDIRECTED:
+                    _decoded(replies.Changed, self._checked(status, answer))
+                    break
+            else:
+                raise Unavailable(
+                    f"process {one.pid} of the router at {self.url} did not answer",
+                    "others of its processes may have been told: look at `kvdctl worker list` and try again",
+                )
+
+    def _exchange(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
+        from kvd.ctl.router.overhttp import exchange  # what it needs takes longer to load than most commands to run
+
+        return exchange(self.url, method, target, body, self._key, self._timeout_s)
+
+    def _checked(self, status: int, body: bytes) -> bytes:
+        if status == 200:
+            return body
+        try:
+            problem = msgspec.json.decode(body, type=replies.Failed).error
+        except msgspec.DecodeError:
+            problem = replies.Problem(f"HTTP {status}")
+        if status == 401:
+            hint = f"give an administrator's key: {KEY_VARIABLE}, or --key-file PATH"
+            raise Refused(f"the router at {self.url} wants an API key", hint)
+        if status == 404 and not problem.hint:
+            raise PeerError(f"what answers at {self.url} is no kvd-router", "check the URL: is it a worker's?")
+        raise Refused(f"the router at {self.url} refused: {problem.message}", problem.hint)
+
+
+def router_at(url: str, key_file: Path | None) -> RouterLink:
+    """With the operator's key. Raises KvdError."""
+    return RouterLink(url, read_key(key_file))
+
+
+def read_key(key_file: Path | None) -> str:
+    """Empty where none is given. Raises KvdError."""
+    if key_file is None:
+        return os.environ.get(KEY_VARIABLE, "").strip()
+    try:
+        return key_file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise KvdError(f"cannot read {key_file}: {error}", "the file holds one API key") from error
+
+
+def _query(query: dict[str, str]) -> str:
+    return "?" + urlencode(query, quote_via=quote) if query else ""
+
+
+def _decoded(kind: type[R], body: bytes) -> R:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        hint = "install the same version of kvd on both sides"
+        raise PeerError(f"the router's answer is not understood: {error}", hint) from error

@@ -1,0 +1,101 @@
+"""Which of a node's workers is which of the router's, and whose pages are in the node's own tiers. Pure.
+
+By what the worker itself states, as each of the two has asked it: its `life` (kvd.sglang_info). Not by URL: a node
+knows its workers as 127.0.0.1, and so does every other node. A worker is credited with the node's tiers where the node
+says that its plugin is attached with a namespace of theirs.
+
+No credit, and a reason, where it is not certain: a worker whose life is also another worker's, or that names none; one
+that no node tells of; a model with side pools, of which a hit needs more than the KV pages that are told of.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+from kvd import wire
+from kvd.router.matching import Member
+
+_KV: Final = "kv"
+_HOST: Final = re.compile(r"[0-9A-Za-z._:-]{1,253}")
+_HERE: Final = ("localhost", "127.", "::1", "0.0.0.0", "::")
+
+
+class Stated(NamedTuple):
+    """What a worker of the router's says of itself."""
+
+    life: str
+    block_tokens: int
+
+
+class Link(NamedTuple):
+    """The worker as a node knows it, or None and why."""
+
+    member: Member | None
+    why: str = ""
+    remedy: str = ""
+
+
+def links(workers: Mapping[str, Stated], nodes: Mapping[str, Iterable[wire.Source]]) -> dict[str, Link]:
+    """By the workers' names. Where two nodes tell of one worker, the first does."""
+    lives = Counter(stated.life for stated in workers.values())
+    told: dict[str, tuple[str, wire.Source]] = {}
+    pages: dict[tuple[str, str], list[wire.Source]] = {}  # (node, a worker's URL there) -> what it is attached with
+    for node, sources in nodes.items():
+        for source in sources:
+            if source.worker and source.life:
+                told.setdefault(source.life, (node, source))
+            for url in () if source.worker else source.workers:
+                pages.setdefault((node, url), []).append(source)
+    return {name: _link(stated, lives[stated.life], told.get(stated.life), pages) for name, stated in workers.items()}
+
+
+def _link(
+    stated: Stated, lives: int, told: tuple[str, wire.Source] | None,
+    pages: Mapping[tuple[str, str], list[wire.Source]],
+) -> Link:  # fmt: skip
+    if not stated.life:
+        return Link(None, "its /server_info states nothing that tells it from others", "upgrade SGLang")
+    if lives > 1:
+        return Link(
+            None, "another worker states the same port, seed and start",
+            "is it one server under two URLs? if not, give each a --random-seed of its own",
+        )  # fmt: skip
+    if told is None:
+        return Link(None, "no node tells of its blocks", "name it in events.workers of its node's kvd.toml")
+    node, source = told
+    if source.block_tokens not in (0, stated.block_tokens):
+        return Link(None, f"its node takes its blocks for {source.block_tokens} tokens, not {stated.block_tokens}")
+    mine = pages.get((node, source.worker), [])
+    if any(one.pool != _KV for one in mine):
+        mine = []
+    namespaces = frozenset(one.namespace for one in mine if one.block_tokens == stated.block_tokens)
+    return Link(Member(node, source.worker, stated.block_tokens, namespaces))
+
+
+@functools.lru_cache(4096)
+def seen_from_here(url: str, node: str) -> str | None:
+    """A node's URL of a worker, as the router reaches it: what is local there is at the node's own address.
+
+    None for what is no worker's URL.
+    """
+    try:
+        parts, at = urlsplit(url), urlsplit(node)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if (
+        parts.scheme != "http"
+        or not host
+        or not _HOST.fullmatch(host)
+        or parts.path.strip("/")
+        or parts.query
+        or parts.username
+    ):
+        return None
+    if host.startswith(_HERE) and at.scheme == "tcp" and at.hostname and not at.hostname.startswith(_HERE):
+        host = at.hostname
+    shown = f"[{host}]" if ":" in host else host
+    return urlunsplit(("http", f"{shown}:{port or 80}", "", "", ""))

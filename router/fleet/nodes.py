@@ -1,0 +1,128 @@
+"""The nodes' streams of prefix events: a view of each, all in one index, and what of them is sure.
+
+A node is called here by the endpoint at which it is followed, not by the name that it gives itself: two nodes of one
+name would be taken for each other. Bounded: the index as a whole by `most_blocks`, what one GPU may hold by what its
+worker says that it can.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import zmq
+
+from kvd.router.follow import Follow
+from kvd.router.index import Index
+from kvd.router.numbering import Numbering, Place
+from kvd.router.view import Identity, Known, View
+from kvd.sglang_events import GPU
+
+SLACK: Final = 2  # what a GPU holds may be counted before what left it is
+
+
+class NodeAt(NamedTuple):
+    """Where a node's kvd publishes, and where it answers requests for replays and snapshots."""
+
+    events: str
+    replay: str
+
+
+class _Numbers(Numbering):
+    """One node's part of the numbers of all."""
+
+    def __init__(self, shared: Numbering, index: Index, node: str) -> None:
+        super().__init__()
+        self._shared = shared
+        self._index = index
+        self._node = node
+        self._here: dict[Place, int] = {}
+        self._most: Mapping[str, int] = {}
+
+    def number(self, place: Place) -> int | None:
+        place = place._replace(node=self._node)
+        found = self._shared.number(place)
+        if found is not None:
+            self._here[place] = found
+            self._limit(place, found)
+        return found
+
+    def forget(self, place: Place) -> None:
+        place = place._replace(node=self._node)
+        self._here.pop(place, None)
+        self._shared.forget(place)
+
+    def bound(self, most: Mapping[str, int]) -> None:
+        """The most blocks on the GPU of one rank, by the worker's URL here."""
+        if most != self._most:
+            self._most = most
+            for place, number in self._here.items():
+                self._limit(place, number)
+
+    def _limit(self, place: Place, number: int) -> None:
+        """Always: the number may have been another place's before, with another limit."""
+        most = self._most.get(place.worker) if place.medium == GPU else None
+        self._index.limit(number, self._index.max_blocks if most is None else SLACK * most)
+
+
+class _Node(NamedTuple):
+    view: View
+    follow: Follow
+    numbers: _Numbers
+
+
+class Nodes:
+    """Lives on the event loop. `tick` some ten times a second. `close` may be called twice."""
+
+    def __init__(self, at: Sequence[NodeAt], most_blocks: int) -> None:
+        self.index = Index(most_blocks)
+        self.holders = Numbering()
+        self._now = -1e9
+        self._exact: dict[str, Mapping[Identity, Known]] = {}  # sources of the nodes whose streams are
+        self._context = zmq.Context()
+        self._nodes: dict[str, _Node] = {}
+        for one in dict.fromkeys(at):
+            numbers = _Numbers(self.holders, self.index, one.events)
+            view = View(self.index, numbers)
+            self._nodes[one.events] = _Node(view, Follow(self._context, one.events, one.replay, view), numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._nodes)
+
+    def tick(self, now: float) -> None:
+        """Ask for what is missing, and judge which streams are exact."""
+        self._now = now
+        for node in self._nodes.values():
+            node.follow.tick(now)
+        self._exact = {name: node.view.sources for name, node in self._nodes.items() if not node.view.why(now)}
+
+    def why(self, node: str) -> str:
+        """Why what is known of this node is not exact; "" where it is."""
+        return self._nodes[node].view.why(self._now)
+
+    def sources(self, node: str) -> Mapping[Identity, Known]:
+        return self._nodes[node].view.sources
+
+    def bound(self, most: Mapping[tuple[str, str], int]) -> None:
+        """The most blocks on the GPU of one rank, by (node, the worker's URL there)."""
+        for name, node in self._nodes.items():
+            node.numbers.bound({url: blocks for (where, url), blocks in most.items() if where == name})
+
+    def sure(self, number: int) -> bool:
+        """Whether all that this holder said is known, and is all that it has; of its node's stream, as of the tick."""
+        place = self.holders.place(number)
+        if place is None or (sources := self._exact.get(place.node)) is None or not self.index.exact(number):
+            return False
+        known = sources.get((place.worker, place.rank, place.namespace))
+        return known is not None and not known.why
+
+    def numbers(self) -> dict[str, float]:
+        """For metrics."""
+        stats = self.index.stats()
+        numbers: dict[str, float] = {f'node_exact{{node="{name}"}}': not self.why(name) for name in self._nodes}
+        return numbers | {
+            "index_blocks": stats.blocks, "index_holders": stats.holders, "index_inexact": stats.inexact,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        for node in self._nodes.values():
+            node.follow.close()
+        self._context.term()

@@ -1,0 +1,318 @@
+"""kvdctl as an operator asks a router with it: why a request went there, who the workers are, what the doctor says."""
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvd import __version__
+from kvd.ctl.checks import routing
+from kvd.ctl.router import summed
+from kvd.ctl.router.link import RouterLink
+from kvd.errors import DeadlineMissed, KvdError
+from kvd.router.pages import replies
+from kvd.router.tenants import digest
+from tests.harness import eventually
+from tests.kvdctl import kvdctl, of
+from tests.router_harness import MockWorker, Router, ToldRouter, free_port
+from tests.told_router import A, B, C
+
+NEW = "http://10.0.0.4:30000"
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[ToldRouter]:
+    with ToldRouter() as running:
+        yield running
+
+
+def on(router: ToldRouter, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return kvdctl(*arguments, KVD_ROUTER_URL=router.url, **env)
+
+
+# -- explain ----------------------------------------------------------------------------------------------
+
+
+def test_explain_says_where_a_request_went_and_why(told: ToldRouter) -> None:
+    ran = on(told, "explain", "answered")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    facts = dict(line.split(maxsplit=1) for line in ran.stdout.partition("\n\n")[0].splitlines())
+    assert facts["why"].startswith(f"{A} costs 0.")
+    assert facts["actual"] == "0.250 s to the first token"
+    assert facts["cached"] == "3,584 (87.5 %) of the prompt"
+    assert facts["outcome"] == "answered after 3.000 s"
+    table = ran.stdout.partition("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in table] == ["candidate", A, *sorted((B, C), key=ran.stdout.index)]
+    assert {"has", "running", "cost", "queue", "compute", "later"} <= set(table[0].split())
+    assert "gpu 3584, ram 3840" in table[1]
+
+
+def test_explain_shows_each_attempt_and_what_is_not_known_yet(told: ToldRouter) -> None:
+    twice = on(told, "explain", "twice").stdout
+    assert twice.count("went to") == 2
+    assert f"why        {A} was" not in twice
+    assert "outcome    unreachable after 0.100 s" in twice
+    unfinished = on(told, "explain", "open").stdout
+    assert "actual     no first token was seen" in unfinished
+    assert "cached     the engine has not said" in unfinished
+    assert "outcome    not over yet" in unfinished
+    assert f"{A} was the only one that could take it" in on(told, "explain", "lone").stdout
+
+
+def test_explain_of_a_policy_without_seconds_shows_none(told: ToldRouter) -> None:
+    said = on(told, "explain", "blocks").stdout
+    assert "not by this policy" in said
+    table = said.partition("\n\n")[2]
+    assert "new prefill tokens" in table
+    assert " s " not in table
+
+
+def test_explain_as_json_and_the_last_requests(told: ToldRouter) -> None:
+    (made,) = json.loads(on(told, "explain", "answered", "--json").stdout)["decisions"]
+    assert (made["request"], made["worker"], made["cached_tokens"]) == ("answered", A, 3584)
+    listed = on(told, "explain", "--requests", "--last", "3").stdout.splitlines()
+    assert [line.split()[2] for line in listed[1:4]] == ["open", "answered", "twice"]
+    assert listed[-1].startswith("3 of 6 ")
+
+
+def test_explain_of_an_unknown_request_says_where_ids_are(told: ToldRouter) -> None:
+    ran = on(told, "explain", "nobody\x1b[31m")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "knows no request" in ran.stderr
+    assert "remembers the last 6 of 6" in ran.stderr
+    assert "x-kvd-request-id" in ran.stderr
+    assert "\x1b" not in ran.stderr
+    assert kvdctl("explain", "x", "--requests").returncode == 2
+
+
+# -- top and worker ---------------------------------------------------------------------------------------
+
+
+def test_top_shows_workers_and_what_was_lost(told: ToldRouter) -> None:
+    ran = on(told, "top", "--once")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "\x1b" not in ran.stdout
+    assert f"kvd-router {__version__} at {told.url}, policy kvd" in ran.stdout
+    assert "available  204,800 tokens, 50.0 % of them" in ran.stdout
+    assert "achieved   189,440 tokens, 92.5 % of those available" in ran.stdout
+    assert "lost to    routing 7.5 %" in ran.stdout
+    first, second, third = [line.rstrip() for line in ran.stdout.splitlines()[-3:]]
+    assert first.split()[:5] == [A, "serving", "3", "1", "2,048"]
+    assert {"87.5", "0.250"} <= set(first.split())
+    assert second.endswith("yes")
+    assert "no: its tokens are not the router's" in third
+    document = json.loads(on(told, "top", "--json").stdout)
+    assert document["ledger"]["percent"]["lost_to_routing"] == 7.5
+    assert len(document["workers"]["workers"]) == 3
+
+
+def test_top_on_a_terminal_refreshes_until_interrupted_and_waits_for_a_router_that_went() -> None:
+    master, slave = pty.openpty()
+    with ToldRouter() as told:
+        command = [sys.executable, "-c", "from kvd.ctl import app; app()", "top", "--router", told.url]
+        process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        said = bytearray()
+
+        def read() -> None:
+            while True:
+                try:
+                    said.extend(os.read(master, 65536))
+                except OSError:  # nobody has the other end any more
+                    return
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        try:
+            eventually(lambda: said.count(b"\x1b[H\x1b[2J") >= 2, 20, "it drew twice")
+            told.close()
+            eventually(lambda: b"These figures are old" in said, 20, "it says that they are old")
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            reading.join()
+            os.close(master)
+    assert b"Traceback" not in said
+
+
+def test_workers_come_and_go_in_every_process_of_a_router() -> None:
+    """Which process a connection meets is chance: each must be told once, and only once."""
+    with ToldRouter(processes=3) as told:
+        for arguments, says in (
+            (("add", NEW), f"{NEW} joins."),
+            (("drain", A), f"{A} gets nothing new"),
+            (("remove", B), f"{B} is gone."),
+        ):
+            ran = on(told, "worker", *arguments)
+            assert (ran.returncode, ran.stderr) == (0, "")
+            assert ran.stdout.startswith(says)
+        document = json.loads(on(told, "worker", "list", "--json").stdout)
+        assert {one["name"]: one["state"] for one in document["workers"]} == {
+            A: "draining", C: "serving", NEW: "joining",
+        }  # fmt: skip
+        top = on(told, "top", "--once").stdout
+        assert ", 3 processes" in top
+        assert "of 300 requests" in top, "what each of them counted"
+        again = on(told, "worker", "remove", B)
+        assert (again.returncode, f"there is no worker {B}" in again.stderr) == (1, True)
+        assert json.loads(on(told, "explain", "--requests", "--json").stdout)["total"] == 18
+
+
+def test_worker_list_says_what_is_missing(told: ToldRouter) -> None:
+    said = on(told, "worker", "list").stdout
+    assert "message 2 of the chat canary, at token 17 -> give the router its model folder" in said
+
+
+def test_a_real_router_of_two_processes_by_load(tmp_path: Path) -> None:
+    with MockWorker() as worker, Router(tmp_path, worker.url, listen__processes=2) as router:
+        document = json.loads(kvdctl("worker", "list", "--json", "--router", router.url).stdout)
+        assert [one["name"] for one in document["workers"]] == [worker.url]
+        assert document["policy"] == "least_busy"
+        assert "decided nothing yet" in kvdctl("explain", "--requests", "--router", router.url).stdout
+        assert "no engine has said" in kvdctl("top", "--once", "--router", f"127.0.0.1:{router.port}").stdout
+        assert kvdctl("worker", "add", NEW, "--router", router.url).stdout == f"{NEW} joins.\n"
+        refused = kvdctl("worker", "drain", B, "--router", router.url)
+        assert (refused.returncode, B in refused.stderr) == (1, True)
+
+
+# -- errors -----------------------------------------------------------------------------------------------
+
+ASKING = (("explain", "x"), ("explain", "--requests"), ("top",), ("worker", "add", NEW))
+
+
+@pytest.mark.parametrize("arguments", ASKING)
+def test_without_a_router_a_command_says_so_in_one_line(arguments: tuple[str, ...]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    ran = kvdctl(*arguments, "--router", url)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert ran.stderr.startswith(f"kvdctl: no router at {url}")
+    assert "--router URL or KVD_ROUTER_URL" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert set(json.loads(kvdctl(*arguments, "--json", "--router", url).stderr)) == {"error", "hint"}
+
+
+def test_a_worker_a_silent_host_and_nonsense_are_no_router() -> None:
+    with MockWorker(status=404) as worker:
+        ran = kvdctl("worker", "list", "--router", worker.url)
+        assert (ran.returncode, "is no kvd-router (check the URL" in ran.stderr) == (1, True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        link = RouterLink(f"http://127.0.0.1:{silent.getsockname()[1]}", "", timeout_s=0.1)
+        with pytest.raises(DeadlineMissed, match=r"did not answer within 0\.1 s"):
+            link.ask("/kvd/workers", replies.Workers)
+    for url in ("ftp://a", "http://a/b", "http://a:x", "http://"):
+        with pytest.raises(KvdError, match="no router's address"):
+            RouterLink(url, "")
+
+
+def test_a_key_is_taken_from_the_environment_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").write_text(
+        f'[root]\nsha256 = ["{digest(b"secret").hex()}"]\nadmin = true\nshared = true\n'
+    )
+    (tmp_path / "key").write_text("secret\n")
+    with MockWorker() as worker, Router(tmp_path, worker.url, tenants__keys_file=tmp_path / "keys.toml") as router:
+        asking = ("worker", "list", "--router", router.url)
+        refused = kvdctl(*asking)
+        assert (refused.returncode, "KVD_ROUTER_KEY, or --key-file" in refused.stderr) == (1, True)
+        assert kvdctl(*asking, KVD_ROUTER_KEY="secret").returncode == 0
+        assert kvdctl(*asking, "--key-file", str(tmp_path / "key"), KVD_ROUTER_KEY="wrong").returncode == 0
+        missing = kvdctl(*asking, "--key-file", str(tmp_path / "none"))
+        assert (missing.returncode, "cannot read" in missing.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "command", [("top",), ("worker", "list"), ("worker", "add"), ("worker", "drain"), ("worker", "remove")]
+)
+def test_help_has_examples_and_exit_codes(command: tuple[str, ...]) -> None:
+    said = kvdctl(*command, "--help").stdout
+    assert f"  kvdctl {' '.join(command)}" in said
+    assert "3 no router reachable" in said
+    assert "KVD_ROUTER_URL" in said
+
+
+# -- the doctor -------------------------------------------------------------------------------------------
+
+
+def doctor(told: ToldRouter, folder: Path, *arguments: str, **env: str) -> list[dict[str, Any]]:
+    """Of a node without a daemon: what it says of the router."""
+    ran = kvdctl("doctor", "--json", *arguments, KVD_RUN_DIR=str(folder), **env)
+    assert ran.returncode == 3, "there is no daemon"
+    return of(json.loads(ran.stdout)["checks"], "router")
+
+
+def test_doctor_looks_at_a_router_where_one_is_named(told: ToldRouter, tmp_path: Path) -> None:
+    assert doctor(told, tmp_path) == []
+    found = doctor(told, tmp_path, "--router", told.url)
+    assert found == doctor(told, tmp_path, KVD_ROUTER_URL=told.url)
+    assert [finding["level"] for finding in found] == ["green", "green", "green", "red", "green"]
+    parity = found[3]
+    assert parity["message"].startswith(f"{C} gets requests, but none for what it has cached: its tokens are not")
+    assert parity["remedy"] == "give the router its model folder: model_path"
+    (gone,) = doctor(told, tmp_path, "--router", f"http://127.0.0.1:{free_port()}")
+    assert (gone["level"], "start it (kvd-router)" in gone["remedy"]) == ("red", True)
+
+
+def said(*workers: replies.Worker, policy: str = "kvd", version: str = __version__) -> replies.Workers:
+    return replies.Workers(policy=policy, workers=list(workers), version=version)
+
+
+def levels(*workers: replies.Worker, policy: str = "kvd") -> list[tuple[str, bool]]:
+    """Colour of each, and whether it says what to do."""
+    return [(each.level, bool(each.remedy)) for each in routing.each_worker(said(*workers, policy=policy))]
+
+
+def test_every_state_of_a_worker_has_its_colour_and_its_remedy() -> None:
+    states = ("serving", "joining", "draining", "unhealthy", "gone")
+    assert levels(*(replies.Worker("a", state, credit=True) for state in states)) == [
+        ("green", False), ("yellow", True), ("yellow", True), ("red", True), ("red", True),
+    ]  # fmt: skip
+    (finding,) = routing.each_worker(said(replies.Worker("a", "unhealthy", credit=True, health="it says 503")))
+    assert finding.message == "a is unhealthy: it says 503"
+    inexact = replies.Worker("a", "serving", credit=False, why="node-1 is not known exactly", remedy="look at its kvd")
+    (finding,) = routing.each_worker(said(inexact))
+    assert (finding.level, finding.remedy) == ("red", "look at its kvd")
+    assert "node-1 is not known exactly" in finding.message
+    assert levels(replies.Worker("a", "serving", credit=False)) == [("red", True)]
+    assert levels(replies.Worker("a", "serving", credit=False), policy=routing.BY_LOAD) == [("green", False)]
+
+
+def test_a_router_without_workers_or_of_another_version_is_not_green() -> None:
+    assert routing.answers("u", said()).level == "red"
+    assert routing.answers("u", said(version="0.0.9")).level == "yellow"
+    assert routing.answers("u", said(replies.Worker("a", "serving", credit=True))).level == "green"
+
+
+def ledger(requests: int, lag: int) -> replies.Ledger:
+    return replies.Ledger(requests=requests, tokens=2000, available=1000, achieved=1000 - lag, lost={"lag": lag})
+
+
+def test_lag_is_red_above_a_few_percent_of_enough_requests() -> None:
+    assert [finding.level for finding in routing.losses(ledger(100, 30))] == ["green"]
+    assert [finding.level for finding in routing.losses(ledger(100, 31))] == ["red"]
+    assert routing.losses(ledger(49, 500)) == []
+    assert routing.losses(replies.Ledger(requests=100)) == []
+
+
+# -- several processes as one -----------------------------------------------------------------------------
+
+
+def test_the_worst_that_a_process_says_of_a_worker_is_shown_and_counts_are_added() -> None:
+    lately = replies.Recent(60.0, 2, 1, 100, 50, 1, 0.5, 0.25)
+    well = replies.Worker("a", "serving", credit=True, running=3, connections=1, recent=lately)
+    sick = msgspec.structs.replace(well, state="unhealthy", credit=False, why="it does not answer", running=2)
+    for order in ((well, sick), (sick, well)):
+        (shown,) = summed.workers([said(one) for one in order]).workers
+        assert (shown.state, shown.why, shown.running, shown.connections) == ("unhealthy", "it does not answer", 3, 2)
+        assert shown.recent == replies.Recent(60.0, 4, 2, 200, 100, 2, 1.0, 0.5)
+    total = summed.ledger([ledger(10, 100), ledger(20, 0)])
+    assert (total.requests, total.available, total.achieved, total.lost) == (30, 2000, 1900, {"lag": 100})
+    assert total.percent == {"available": 50.0, "achieved": 95.0, "lost_to_lag": 5.0}

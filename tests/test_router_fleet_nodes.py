@@ -1,0 +1,176 @@
+"""What is known of workers through their nodes: real daemons, publishers and plugins, a fleet that follows them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvd.router.fleet import membership, watch
+from kvd.router.fleet.nodes import NodeAt
+from tests import router_models
+from tests.fleet_harness import Publishing, World, describes, node
+from tests.harness import PluginProcess, span
+from tests.router_harness import MockWorker
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = router_models.with_special(router_models.byte_level())
+    return router_models.folder(tmp_path_factory.mktemp("model"), made)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as a test wants to know."""
+    monkeypatch.setattr(watch, "LOADS_EVERY_S", 0.05)
+    monkeypatch.setattr(watch, "HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr(watch, "_BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr(membership, "GONE_AFTER_S", 2.0)
+
+
+@pytest.fixture
+def worker(model: Path) -> Iterator[Publishing]:
+    with Publishing(model) as found:
+        yield found
+
+
+def test_blocks_count_while_the_nodes_stream_is_exact(worker: Publishing) -> None:
+    worker.events.do("store", 11, 12, 13)
+    with node(worker.url) as (kvd, at), World(worker.url, nodes=[at]) as world:
+        world.until(lambda: world.has([11, 12, 99]) == {worker.url: (8, 0, 0, 0, 0)})
+        assert world.view(worker.url).credit
+        assert world.view(worker.url).node == at.events
+        assert world.has([11, 12, 13], tokens=10) == {worker.url: (10, 0, 0, 0, 0)}, "no more than the prompt has"
+        worker.events.do("store", 14, parent=13, medium="CPU_PINNED")
+        worker.events.do("remove", 13)
+        world.until(lambda: world.has([11, 12, 13]) == {worker.url: (8, 0, 0, 0, 0)})
+        kvd.kill()
+        world.until(lambda: world.has([11, 12]) == {})
+        view = world.view(worker.url)
+        assert (view.credit, view.state) == (False, "serving")
+        assert "connection broke" in view.why
+        assert world.fleet.describe()[f'node_exact{{node="{at.events}"}}'] == 0
+        kvd.start()
+        world.until(lambda: world.has([11, 12, 13]) == {worker.url: (8, 0, 0, 0, 0)})
+
+
+def test_a_worker_that_makes_other_tokens_is_not_credited_with_blocks(worker: Publishing) -> None:
+    worker.events.do("store", 11)
+    worker.mock.set(other_tokens=True)
+    with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
+        world.until(lambda: world.view(worker.url).parity == "differs" and world.view(worker.url).node)
+        assert world.has([11]) == {}
+        assert "plain text" in world.view(worker.url).why
+
+
+def test_the_same_worker_under_another_name_is_known_by_what_it_states(worker: Publishing) -> None:
+    worker.events.do("store", 11)
+    named = worker.url.replace("127.0.0.1", "localhost")
+    with node(worker.url) as (_, at), World(named, nodes=[at]) as world:
+        world.until(lambda: world.has([11]) == {named: (4, 0, 0, 0, 0)})
+        world.settle()
+        assert [view.name for view in world.fleet.members()] == [named], "its node's name for it is no other worker"
+
+
+def test_a_server_under_two_names_is_credited_under_neither(worker: Publishing) -> None:
+    worker.events.do("store", 11)
+    named = worker.url.replace("127.0.0.1", "localhost")
+    with node(worker.url) as (_, at), World(worker.url, named, nodes=[at]) as world:
+        world.until(lambda: "two URLs" in world.view(named).remedy and "two URLs" in world.view(worker.url).remedy)
+        assert world.has([11]) == {}
+
+
+def test_workers_of_a_node_join_and_leave_with_it(worker: Publishing, model: Path) -> None:
+    with Publishing(model) as other, node(worker.url, other.url) as (kvd, at), World(nodes=[at]) as world:
+        fleet = world.fleet
+        world.until(lambda: {view.state for view in fleet.members()} == {"serving"} and len(fleet.members()) == 2)
+        assert world.doors.open == {worker.url, other.url}
+        busy = [world.chosen() for _ in range(2)]
+        assert {choice.worker.name for choice in busy} == {worker.url, other.url}
+        other.stop()
+        world.until(lambda: fleet.state(other.url) == "unhealthy")
+        kvd.kill()
+        world.until(lambda: not world.view(worker.url).credit)
+        assert fleet.state(other.url) == "unhealthy", "nobody says that it is gone"
+        kvd.env["KVD_EVENTS__WORKERS"] = "[]"
+        kvd.start()
+        world.until(lambda: fleet.state(other.url) == "gone")
+        world.until(lambda: "no node tells" in world.view(worker.url).why)
+        assert fleet.state(worker.url) == "serving", "it answers: its node may have been told wrongly"
+        world.order(fleet.drain, worker.url)
+        for choice in busy:
+            world.steering.finished(choice, "answered", 0.0)
+        world.until(lambda: fleet.state(worker.url) == "gone")
+
+
+def test_what_an_operator_removed_does_not_come_back_by_announcement(worker: Publishing) -> None:
+    with node(worker.url) as (_, at), World(nodes=[at]) as world:
+        world.until(lambda: world.fleet.state(worker.url) == "serving")
+        world.order(world.fleet.remove, worker.url)
+        for n in range(3):
+            worker.events.do("store", 20 + n)
+            world.settle()
+            world.until(lambda n=n: world.fleet._nodes.index.match([20 + n]))
+        assert world.fleet.members() == []
+        world.order(world.fleet.add, worker.url)
+        world.until(lambda: world.fleet.state(worker.url) == "serving")
+
+
+def test_announced_workers_join_only_where_that_is_wanted(worker: Publishing) -> None:
+    with MockWorker() as mine, node(worker.url) as (_, at), World(mine.url, nodes=[at], join_announced=False) as world:
+        worker.events.do("store", 11)
+        world.until(lambda: world.fleet._nodes.index.match([11]))
+        world.settle()
+        assert [view.name for view in world.fleet.members()] == [mine.url]
+
+
+def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_namespace(
+    worker: Publishing, model: Path
+) -> None:
+    keys = span(6)
+    blocks = [int.from_bytes(bytes.fromhex(key)[:8], signed=True) for key in keys]
+    stranger = Publishing(model)
+    with stranger, node(worker.url, stranger.url) as (kvd, at):
+        port, seed = worker.mock.port, worker.mock.seed
+        with (
+            PluginProcess(kvd.socket, "w", 0, 1, port, seed) as plugin,
+            World(worker.url, stranger.url, nodes=[at]) as world,
+        ):
+            assert plugin.do("wait")
+            plugin.do("put", keys=keys)
+            world.until(lambda: world.has(blocks) == {worker.url: (0, 24, 0, 0, 0)})
+            world.until(lambda: world.view(stranger.url).credit)
+            assert world.has(blocks[:3]) == {worker.url: (0, 12, 0, 0, 0)}, "the other cannot load them"
+            plugin.do("close")
+            world.until(lambda: world.has(blocks) == {})
+
+
+def test_two_nodes_of_one_name_are_two_nodes(worker: Publishing, model: Path) -> None:
+    settings = {"events__node": "twin"}
+    with (
+        Publishing(model) as other, node(worker.url, **settings) as (_, one), node(other.url, **settings) as (_, two),
+        World(worker.url, other.url, nodes=[one, two]) as world,
+    ):  # fmt: skip
+        worker.events.do("store", 11)
+        other.events.do("store", 11, 12)
+        world.until(lambda: world.has([11, 12]) == {worker.url: (4, 0, 0, 0, 0), other.url: (8, 0, 0, 0, 0)})
+
+
+def test_a_worker_that_holds_more_than_it_says_it_can_is_not_believed(worker: Publishing, model: Path) -> None:
+    worker.mock.set(info=describes(model, worker.events, max_total_num_tokens=8 * 4))
+    with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
+        worker.events.do("store", 1, 2)
+        world.until(lambda: world.has([1, 2]) == {worker.url: (8, 0, 0, 0, 0)})
+        worker.events.do("store", *range(100, 140))
+        world.until(lambda: world.fleet.describe()["index_inexact"] == 1)
+        assert world.has([1, 2]) == {}
+        worker.events.do("clear")
+        worker.events.do("store", 5)
+        world.until(lambda: world.has([5]) == {worker.url: (4, 0, 0, 0, 0)})
+
+
+def test_a_node_that_is_not_there_harms_nobody(worker: Publishing, tmp_path: Path) -> None:
+    nowhere = NodeAt(f"ipc://{tmp_path}/no", f"ipc://{tmp_path}/no.replay")
+    with node(worker.url) as (_, at), World(worker.url, nodes=[nowhere, at]) as world:
+        worker.events.do("store", 11)
+        world.until(lambda: world.has([11]) == {worker.url: (4, 0, 0, 0, 0)})
