@@ -258,7 +258,7 @@ def test_doctor_looks_at_a_router_where_one_is_named(told: ToldRouter, tmp_path:
     assert parity["message"].startswith(f"{C} gets requests, but none for what it has cached: its tokens are not")
     assert parity["remedy"] == "give the router its model folder: model_path"
     (gone,) = doctor(told, tmp_path, "--router", f"http://127.0.0.1:{free_port()}")
-    assert (gone["level"], "start it (kvd-router)" in gone["remedy"]) == ("red", True)
+    assert (gone["level"], "start it with `kvd-router`" in gone["remedy"]) == ("red", True)
 
 
 def said(*workers: replies.Worker, policy: str = "kvd", version: str = __version__) -> replies.Workers:

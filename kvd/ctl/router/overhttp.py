@@ -28,7 +28,7 @@ def exchange(url: str, method: str, target: str, body: bytes, key: str, timeout_
             "is its machine up, and is the process starved of CPU? look at its log",
         ) from error
     except OSError as error:
-        where = "start it (kvd-router), or say where it is: --router URL or KVD_ROUTER_URL"
+        where = "start it with `kvd-router`, or say where it is: --router URL or KVD_ROUTER_URL"
         raise Unavailable(f"no router at {url}: {error.strerror or error}", where) from error
     except (http.client.HTTPException, ValueError) as error:
         raise PeerError(f"what answers at {url} does not speak HTTP: {error!r}", "check the URL") from error
