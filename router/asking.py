@@ -64,7 +64,8 @@ class Asker:
         """The body of the answer, which has status 200."""
         status, said = await self.answer(method, path, body, within_s)
         if status != 200:
-            raise self._unavailable(path, f"status {status} {said[:200].decode(errors='replace')}".rstrip())
+            shown = repr(said[:200].decode(errors="replace"))[1:-1]  # no control characters into logs and terminals
+            raise self._unavailable(path, f"status {status} {shown}".rstrip())
         return said
 
     async def answer(self, method: str, path: str, body: bytes = b"", within_s: float = 2.0) -> tuple[int, bytes]:

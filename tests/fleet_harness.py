@@ -150,9 +150,9 @@ class Proxied(World):
 class Publishing:
     """A mock worker that publishes KV events: scripted ones."""
 
-    def __init__(self, model: Path, port: int = 0, **info: Any) -> None:
+    def __init__(self, model: Path, block: int = BLOCK) -> None:
         self.events = ScriptedWorker()
-        self.mock = MockWorker(port, model=str(model), info=describes(model, self.events, **info))
+        self.mock = MockWorker(model=str(model), info=describes(model, self.events, block))
         self.url = self.mock.url
 
     def stop(self) -> None:
@@ -166,15 +166,15 @@ class Publishing:
         self.stop()
 
 
-def describes(model: Path, events: ScriptedWorker | None = None, **more: Any) -> dict[str, Any]:
+def describes(model: Path, events: ScriptedWorker | None = None, block: int = BLOCK, **more: Any) -> dict[str, Any]:
     """The /server_info of a worker with this model."""
-    info: dict[str, Any] = {"model_path": str(model), "served_model_name": "the-model", "page_size": BLOCK}
+    info: dict[str, Any] = {"model_path": str(model), "served_model_name": "the-model", "page_size": block}
     info |= {"chunked_prefill_size": 512, "max_total_num_tokens": 40_000, "kv_events": None}
     if events is not None:
         base = int(events.url.rpartition(":")[2])
         info["kv_events"] = {
             "publisher": "zmq", "endpoint_host": "127.0.0.1", "endpoint_port_base": base + 1, "topic": "kv-events",
-            "block_size": BLOCK, "dp_size": 1, "replay_endpoint_port_base": base + 2,
+            "block_size": block, "dp_size": 1, "replay_endpoint_port_base": base + 2,
         }  # fmt: skip
     return info | more
 

@@ -53,15 +53,16 @@ class RawWorker:
     """A worker without the plugin: attaches, joins one namespace, stores pages."""
 
     def __init__(
-        self, daemon: Daemon, label: str = "raw", join: bool = True, scratch: bool = False, tenant: str = ""
-    ) -> None:
+        self, daemon: Daemon, label: str = "raw", join: bool = True, scratch: bool = False, tenant: str = "",
+        server: str = "",
+    ) -> None:  # fmt: skip
         self.leases = LeaseTable()
         self.link = Link(daemon.socket, "worker", label, self.leases.fd, 5.0)
         self.channels = Channels(self.link.welcome)
         digest = os.urandom(16) if scratch else bytes(range(16))
         self.spec = wire.NamespaceSpec(digest, PAGE, 16, 0, 1, "kv", label, scratch=scratch, tenant=tenant)
         if join:
-            self.link.ask(wire.Join([self.spec]), wire.Joined, 5.0)
+            self.link.ask(wire.Join([self.spec], server), wire.Joined, 5.0)
 
     def found(self, keys: list[bytes]) -> int:
         """How many leading pages kvd says it holds."""

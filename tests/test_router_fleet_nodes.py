@@ -10,6 +10,7 @@ from kvd.router.fleet.nodes import NodeAt
 from tests import router_models
 from tests.fleet_harness import Publishing, World, describes, node
 from tests.harness import PluginProcess, span
+from tests.kvdctl import RawWorker
 from tests.router_harness import MockWorker
 
 
@@ -124,25 +125,37 @@ def test_announced_workers_join_only_where_that_is_wanted(worker: Publishing) ->
         assert [view.name for view in world.fleet.members()] == [mine.url]
 
 
-def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_namespace(
-    worker: Publishing, model: Path
-) -> None:
+def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_namespace(model: Path) -> None:
+    with (
+        Publishing(model, block=16) as worker, Publishing(model, block=16) as other,
+        node(worker.url, other.url) as (kvd, at), World(worker.url, other.url, nodes=[at]) as world,
+    ):  # fmt: skip
+        world.until(lambda: world.view(worker.url).credit and world.view(other.url).credit)
+        with RawWorker(kvd, server=f"{worker.mock.port}-{worker.mock.seed}") as rank:
+            blocks = hashes(rank.put(6))
+            world.until(lambda: world.has(blocks) == {worker.url: (0, 96, 0, 0, 0)})
+            assert world.has(blocks[:3]) == {worker.url: (0, 48, 0, 0, 0)}, "the other cannot load them"
+        world.until(lambda: world.has(blocks) == {})
+        with RawWorker(kvd, label="nobody's"):
+            world.until(lambda: world.fleet._nodes.index.match(blocks))
+            assert world.has(blocks) == {}, "nobody said whose rank it is"
+
+
+@pytest.mark.slow
+def test_the_plugin_says_whose_rank_it_is_in(worker: Publishing) -> None:
     keys = span(6)
-    blocks = [int.from_bytes(bytes.fromhex(key)[:8], signed=True) for key in keys]
-    stranger = Publishing(model)
-    with stranger, node(worker.url, stranger.url) as (kvd, at):
-        port, seed = worker.mock.port, worker.mock.seed
-        with (
-            PluginProcess(kvd.socket, "w", 0, 1, port, seed) as plugin,
-            World(worker.url, stranger.url, nodes=[at]) as world,
-        ):
-            assert plugin.do("wait")
-            plugin.do("put", keys=keys)
-            world.until(lambda: world.has(blocks) == {worker.url: (0, 24, 0, 0, 0)})
-            world.until(lambda: world.view(stranger.url).credit)
-            assert world.has(blocks[:3]) == {worker.url: (0, 12, 0, 0, 0)}, "the other cannot load them"
-            plugin.do("close")
-            world.until(lambda: world.has(blocks) == {})
+    blocks = hashes([bytes.fromhex(key) for key in keys])
+    with (
+        node(worker.url) as (kvd, at), World(worker.url, nodes=[at]) as world,
+        PluginProcess(kvd.socket, "w", 0, 1, worker.mock.port, worker.mock.seed) as plugin,
+    ):  # fmt: skip
+        assert plugin.do("wait")
+        plugin.do("put", keys=keys)
+        world.until(lambda: world.has(blocks) == {worker.url: (0, 24, 0, 0, 0)})
+
+
+def hashes(keys: list[bytes]) -> list[int]:
+    return [int.from_bytes(key[:8], signed=True) for key in keys]
 
 
 def test_two_nodes_of_one_name_are_two_nodes(worker: Publishing, model: Path) -> None:

@@ -1,6 +1,7 @@
 """What the fleet concludes from what it is told: which worker is whose, what a load means, who is well. No I/O."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from kvd.router.leastbusy import LeastBusy
 from kvd.router.matching import Member
 from kvd.router.steering import Worker, worker_at
 from kvd.router.tokens.serving import Serving
+from kvd.sidecar import engine
 
 HERE, ONE, OTHER = "http://127.0.0.1:1", "http://a:1", "http://b:1"
 PAGES = wire.Source(namespace="00", pool="kv", block_tokens=16, workers=(HERE,))
@@ -113,6 +115,17 @@ def test_a_life_is_another_one_after_every_start_and_the_same_for_everybody_who_
         assert sglang_info.life(nothing) == ""
     assert identity(json.dumps(info).encode()) == ("30000-7", life)
     assert identity(b"{") == identity(b"[" * 100_000) == ("", "")
+
+
+def test_a_rank_knows_the_server_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.server() == "", "there is no SGLang here"
+    monkeypatch.setattr(engine, "server_args", lambda: SimpleNamespace(port=30000, random_seed=7))
+    assert engine.server() == "30000-7"
+    monkeypatch.setattr(engine, "_serving", lambda: SimpleNamespace(port=30001))
+    monkeypatch.setattr(engine, "_device", lambda: SimpleNamespace(random_seed=8))
+    assert engine.server() == "30001-8", "what was resolved goes first"
+    monkeypatch.setattr(engine, "_device", lambda: SimpleNamespace())
+    assert engine.server() == "30000-7", "not published there"
 
 
 def test_sessions_are_of_the_worker_whose_server_they_name_unless_two_have_that_name() -> None:

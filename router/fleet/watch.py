@@ -25,6 +25,7 @@ from kvd.router.tokens.probe import Probe
 
 log = logging.getLogger("kvd.router")
 
+MOST_BYTES: Final = 4 << 20  # of an answer; a /server_info has some 100 KB
 INFO_S: Final = 15.0  # to answer /server_info: it asks the scheduler, which may be in the middle of a long step
 ASK_EVERY_S: Final = 120.0
 _BACKOFF_S: Final = (1.0, 30.0)
@@ -53,7 +54,7 @@ class Watch:
         self.asked = False  # what it is; whether or not it said so
         self.heard_at = -1e9  # the last answer to anything
         self._why, self._remedy = _NOT_ASKED, ""
-        self._asker = Asker(worker, key)
+        self._asker = Asker(worker, key, MOST_BYTES)
         self._manner_of = manner_of
         self._reported = reported
         self._changed = changed
