@@ -85,7 +85,8 @@ class Steering(Protocol):
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
         """The best worker whose name is not in `tried`, as soon as one may take it. Raises Busy.
 
-        May be cancelled while it waits: then no choice was made and `finished` is not called.
+        May be cancelled while it waits: then no choice was made and `finished` is not called. Where it need not wait
+        it should not: up to its first wait it runs in no task (kvd.router.proxy.eager).
         """
 
     def sent(self, choice: Choice, now: float) -> None:

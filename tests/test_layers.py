@@ -23,7 +23,7 @@ PURE = (
     "kvd.router.index", "kvd.router.runs", "kvd.router.marking", "kvd.router.holders",
     "kvd.router.steering", "kvd.router.queue", "kvd.router.tenants", "kvd.router.continuation",
     "kvd.router.proxy.strict", "kvd.router.proxy.headers", "kvd.router.proxy.endpoints", "kvd.router.proxy.events",
-    "kvd.router.proxy.answers",
+    "kvd.router.proxy.answers", "kvd.router.proxy.inbox", "kvd.router.proxy.streamed",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",
     "kvd.router.tokens.outcome", "kvd.router.tokens.blocks", "kvd.router.tokens.chat", "kvd.router.tokens.toolschema",
     "kvd.router.tokens.anthropic", "kvd.router.tokens.responses", "kvd.router.tokens.serving",

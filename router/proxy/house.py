@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from kvd.router.proxy.answers import Answer
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.endpoints import Endpoint, endpoint
+from kvd.router.proxy.pool import Pool
 from kvd.router.proxy.strict import Head, Malformed
-from kvd.router.proxy.upstream import Pool
 from kvd.router.steering import Incoming, Steering, Worker
 from kvd.router.tenants import Tenant, Tenants, Unsaltable
 
