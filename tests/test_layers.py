@@ -22,6 +22,7 @@ PURE = (
     "kvd.storage.shared.compaction", "kvd.storage.shared.makingroom",
     "kvd.router.index", "kvd.router.runs", "kvd.router.marking", "kvd.router.holders",
     "kvd.router.steering", "kvd.router.queue", "kvd.router.tenants", "kvd.router.continuation",
+    "kvd.router.transcript",
     "kvd.router.proxy.strict", "kvd.router.proxy.headers", "kvd.router.proxy.endpoints", "kvd.router.proxy.events",
     "kvd.router.proxy.answers", "kvd.router.proxy.inbox", "kvd.router.proxy.streamed",
     "kvd.ctl.simulate.cache", "kvd.ctl.simulate.reference", "kvd.ctl.moving.order",

@@ -132,9 +132,11 @@ class Client(asyncio.Protocol):
         exchange.begin()
 
     def _start(self, head: Head, request: Incoming) -> Exchange | Everywhere:
+        if self._endpoint.routed:
+            return Exchange(self, self._house, head, self._endpoint, request)
         pools = self._house.pools
         named = head.single.get(b"x-kvd-worker", b"").decode("latin-1")
-        if named in pools and not self._endpoint.routed:
+        if named in pools:
             return Everywhere(self, self._house, head, request, [pools[named].worker], single=True)
         if self._endpoint.everywhere and len(pools) > 1:
             workers = [pool.worker for pool in pools.values()]
@@ -177,10 +179,11 @@ class Client(asyncio.Protocol):
             self._deadline = self._house.loop.time() + self._limits.send_s
             self._transport.close()
             return
-        self._deadline = self._house.loop.time() + (self._limits.head_s if self._inbox else self._limits.idle_s)
-        if len(self._inbox) > _AHEAD_BYTES:
+        ahead = len(self._inbox)
+        self._deadline = self._house.loop.time() + (self._limits.head_s if ahead else self._limits.idle_s)
+        if ahead > _AHEAD_BYTES:
             self._transport.resume_reading()
-        if self._inbox:
+        if ahead:
             # Not at once: a thousand requests in one packet must not be a thousand calls deep.
             self._house.loop.call_soon(self._next)
 

@@ -116,7 +116,7 @@ class Exchange:
             self._connection = connection
             head = request_head(
                 self._head,
-                choice.worker.authority,
+                pool.authority,
                 len(request.body),
                 self._id,
                 house.tenants.needed,

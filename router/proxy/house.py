@@ -131,12 +131,14 @@ class House:
             except Unsaltable as error:
                 raise Malformed(400, str(error)) from error
         now = self.loop.time()
-        within = head.single.get(b"x-kvd-timeout-s", b"")
-        seconds = float(within) if _SECONDS.fullmatch(within) else self.limits.queue_s
+        seconds = self.limits.queue_s
+        within = head.single.get(b"x-kvd-timeout-s")
+        if within is not None and _SECONDS.fullmatch(within):
+            seconds = min(seconds, float(within))
         self.counts["requests"] += 1
         return Incoming(
             self.request_id(head), head.method, head.path, head.fields, body, tenant.name, tenant.weight,
-            tenant.priority, now, now + min(seconds, self.limits.queue_s), known.routed,
+            tenant.priority, now, now + seconds, known.routed,
         )  # fmt: skip
 
     def own_page(self, head: Head) -> bytes | None:

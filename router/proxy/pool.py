@@ -15,6 +15,7 @@ class Pool:
 
     def __init__(self, worker: Worker, connect_s: float, most: int = 256) -> None:
         self.worker = worker
+        self.authority = worker.authority
         self._connect_s = connect_s
         self._most = most
         self._idle: list[Connection] = []

@@ -6,9 +6,10 @@ what was said is remembered, so that another worker can say the rest.
 
 from typing import Any
 
-from kvd.router.continuation import CannotContinue, Splice, Transcript, needs_count, rest_of
+from kvd.router.continuation import CannotContinue, Splice, needs_count, rest_of
 from kvd.router.proxy.endpoints import Stream
 from kvd.router.proxy.events import WholeEvents
+from kvd.router.transcript import Transcript
 
 
 class Streamed:
@@ -32,7 +33,7 @@ class Streamed:
         body = self._events.rest(body) if whole else self._events.take(body)
         if self._splice is not None:
             body = self._splice.translate(body)
-        if self._transcript is not None:
+        if body and self._transcript is not None:
             self._transcript.feed(body)
         return body
 

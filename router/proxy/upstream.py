@@ -156,7 +156,8 @@ class Connection(asyncio.Protocol):
             receiver.more(body, whole)
         if whole:
             if self._keep and not self._once and self._method != "HEAD" and self.usable:
-                self.resume()  # its last reader may have been slow: the next one is another
+                if self._paused:  # its last reader was slow: the next one is another
+                    self.resume()
                 self._owner.rest(self)
             else:
                 self.abandon()
