@@ -11,14 +11,17 @@ import re
 
 from kvd.router.proxy.strict import Chunks, Head, head_end, read
 
-_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+_MOST_DIGITS = 15
+_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)\r\n", re.IGNORECASE)
 _REMEMBERED_BYTES = 4096  # of a head; there is one for every connection
 
 
 class Inbox:
     """Of one connection. In turns: `head` until there is one, then `body` until it is there."""
 
-    __slots__ = ("_begins", "_body_bytes", "_chunks", "_familiar", "_head_bytes", "_known", "_received", "_seen")
+    __slots__ = (
+        "_after", "_before", "_begins", "_body_bytes", "_chunks", "_head_bytes", "_known", "_received", "_seen",
+    )  # fmt: skip
 
     def __init__(self, head_bytes: int, body_bytes: int) -> None:
         self._head_bytes = head_bytes
@@ -27,7 +30,7 @@ class Inbox:
         self._seen = 0  # of it, bytes that hold no whole head
         self._begins = 0  # where the body does
         self._chunks: Chunks | None = None
-        self._familiar = b""  # the last head without the digits of its length
+        self._before = self._after = b""  # the last head, before and after the digits of its length
         self._known: Head | None = None  # what it means
 
     def __len__(self) -> int:
@@ -51,12 +54,15 @@ class Inbox:
     def head(self) -> Head | None:
         """The next request's; None while more has to come. Valid until the next call. Raises Malformed."""
         received = self._received
+        head = self._familiar(received)
+        if head is not None:
+            return head
         end = head_end(received, self._head_bytes, self._seen)
         if not end:
             self._seen = len(received)
             return None
         self._seen = 0
-        head = self._read(bytes(received[:end]))
+        head = self._unfamiliar(bytes(received[:end]))
         if head.chunked:
             self._received = bytearray(memoryview(received)[end:])
             self._chunks = Chunks(self._body_bytes)
@@ -64,21 +70,27 @@ class Inbox:
             self._begins = end
         return head
 
-    def _read(self, text: bytes) -> Head:
-        said = _LENGTH.search(text)
-        if said is None:
-            return read(text)
-        # Whose digits these are is not in doubt: no head that is accepted has two lines like this one, so two heads
-        # that are alike without the digits had them in the same place.
-        familiar = text[: said.start(1)] + text[said.end(1) :]
-        if familiar == self._familiar and self._known is not None:
-            self._known.length = int(said[1])
-            return self._known
+    def _familiar(self, received: bytes | bytearray) -> Head | None:
+        """The last head once more, if that is what comes: the same bytes, but for the digits of its length."""
+        before, after = self._before, self._after
+        if not received.startswith(before) or self._known is None:
+            return None
+        at = len(before)
+        end = received.find(b"\r", at, at + _MOST_DIGITS + 1)
+        if end < 0 or not received.startswith(after, end) or not (digits := received[at:end]).isdigit():
+            return None
+        self._seen = 0
+        self._begins = end + len(after)
+        self._known.length = int(digits)
+        return self._known
+
+    def _unfamiliar(self, text: bytes) -> Head:
         head = read(text)
-        if len(text) <= _REMEMBERED_BYTES:
+        said = _LENGTH.search(text)
+        if said is not None and len(text) <= _REMEMBERED_BYTES:
             head.fields = [pair for pair in head.fields if pair[0] != b"content-length"]
             del head.single[b"content-length"]
-            self._familiar, self._known = familiar, head
+            self._before, self._after, self._known = text[: said.start(1)], text[said.end(1) :], head
         return head
 
     def body(self, head: Head) -> bytes | None:
