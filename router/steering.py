@@ -5,7 +5,7 @@ this order as they happen, and `finished` exactly once for every choice, whateve
 raise. Times are those of the event loop's clock, in seconds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -42,8 +42,7 @@ class Worker:
         return f"{host}:{self.port}".encode()
 
 
-@dataclass(slots=True)
-class Incoming:
+class Incoming(msgspec.Struct):
     """A whole request. `body` is what the worker will get, the tenant's salt included."""
 
     request_id: str
@@ -57,7 +56,7 @@ class Incoming:
     arrived: float
     deadline: float  # by when it must have been sent to a worker
     routed: bool  # which worker answers matters: it generates
-    _json: Any = field(default=msgspec.UNSET, repr=False)
+    _json: Any = msgspec.UNSET
 
     @property
     def json(self) -> Any:
@@ -70,8 +69,7 @@ class Incoming:
         return self._json
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One worker for one request. `note` is the steering's own business."""
 
     request: Incoming

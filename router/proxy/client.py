@@ -33,8 +33,8 @@ class Client(asyncio.Protocol):
     """One connection."""
 
     __slots__ = (
-        "_deadline", "_ended", "_endpoint", "_exchange", "_head", "_house", "_inbox", "_limits", "_reserved",
-        "_tenant", "_transport", "paused",
+        "_admitted", "_deadline", "_ended", "_endpoint", "_exchange", "_head", "_house", "_inbox", "_limits",
+        "_reserved", "_tenant", "_transport", "paused",
     )  # fmt: skip
 
     def __init__(self, house: "House") -> None:
@@ -43,6 +43,7 @@ class Client(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._inbox = Inbox(self._limits.head_bytes, self._limits.body_bytes)
         self._head: Head | None = None  # of the request whose body is on its way
+        self._admitted: Head | None = None  # the last that was, where that stays so
         self._endpoint = Endpoint()
         self._tenant: Tenant | None = None
         self._reserved = 0  # bytes of body counted in the house
@@ -145,7 +146,9 @@ class Client(asyncio.Protocol):
 
     def _admit(self, head: Head) -> None:
         """Whether this client may ask this at all, before its body is taken."""
-        self._endpoint, self._tenant = self._house.admit(head)
+        if head is not self._admitted:  # who asks for the same once more has the same key
+            self._endpoint, self._tenant = self._house.admit(head)
+            self._admitted = head if b"x-kvd-worker" not in head.single else None
         if head.length > self._limits.body_bytes:
             raise Malformed(413, f"the body is larger than {self._limits.body_bytes} bytes")
         self._deadline = self._house.loop.time() + self._limits.body_s

@@ -16,7 +16,6 @@ Always true: each choice is finished once; a client that left has no request at 
 import asyncio
 import logging
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -248,7 +247,7 @@ class Exchange:
             self._break_down()
         else:
             self._house.counts["continued"] += 1
-            await self._attempt(replace(self._request, body=msgspec.json.encode(rest), _json=rest))
+            await self._attempt(msgspec.structs.replace(self._request, body=msgspec.json.encode(rest), _json=rest))
 
     def _break_down(self) -> None:
         """Something that should not happen: to this request alone."""
