@@ -88,8 +88,6 @@ class Inbox:
         head = read(text)
         said = _LENGTH.search(text)
         if said is not None and len(text) <= _REMEMBERED_BYTES:
-            head.fields = [pair for pair in head.fields if pair[0] != b"content-length"]
-            del head.single[b"content-length"]
             self._before, self._after, self._known = text[: said.start(1)], text[said.end(1) :], head
         return head
 

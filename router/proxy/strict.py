@@ -41,7 +41,7 @@ class Malformed(Exception):
 
 @dataclass(slots=True)
 class Head:
-    """A request's head. `fields` are (name in lower case, value) in the order they came."""
+    """A request's head. `fields` are (name in lower case, value) in the order they came, but for content-length."""
 
     method: str
     target: bytes
@@ -124,7 +124,8 @@ def _framed(head: Head) -> Head:
     elif length is not None:
         if _LENGTH.fullmatch(length) is None:
             raise Malformed(400, "content-length is not a number")
-        head.length = int(length)
+        head.length = int(single.pop(b"content-length"))
+        head.fields = [pair for pair in head.fields if pair[0] != b"content-length"]
     if (expect := single.get(b"expect")) is not None:
         if expect.lower() != b"100-continue":
             raise Malformed(417, "only 100-continue can be expected")
