@@ -8,7 +8,8 @@ import asyncio
 from typing import Final
 
 from kvd.errors import Unavailable
-from kvd.router.proxy.upstream import Connection, Lost, Pool
+from kvd.router.proxy.pool import Pool
+from kvd.router.proxy.upstream import Connection, Lost
 from kvd.router.steering import Worker
 
 MOST_BYTES: Final = 16 << 20

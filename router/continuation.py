@@ -8,24 +8,17 @@ error event. A field that is not known here is taken to matter.
 What was generated is handed over as token ids where both the request and its events carry them (`input_ids` and
 `output_ids` of /generate; a `prompt` of ids and `token_ids` of /v1/completions), else as text. Text is cut into tokens
 again: the same ids for what a tokenizer would write itself, not always for what a model drew.
-
-`Transcript` is fed what the client was sent, always in whole events. It keeps the bytes and reads them when somebody
-dies, or when they become many: most streams are never read at all.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from kvd.errors import KvdError
-from kvd.router.proxy.endpoints import Stream
+from kvd.router.transcript import Transcript, payloads
 
-_UNREAD_BYTES = 128 << 10  # of one stream; reading costs more than passing on
-_MOST = 4 << 20  # characters and ids kept of one stream
-_DONE = b"data: [DONE]\n\n"
-_decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 _ANY = object()
@@ -54,103 +47,6 @@ _LIMIT = {"generate": ("max_new_tokens", 128), "completions": ("max_tokens", 16)
 
 class CannotContinue(KvdError):
     """The rest would not be the same. The message says what is in the way."""
-
-
-class Transcript:
-    """What one stream has said so far."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.text = ""
-        self.ids: list[int] | None = []  # None: its events do not carry them
-        self.tokens: int | None = 0  # None: only the text tells
-        self.finished = False  # it said why it ended
-        self.done = False  # and that nothing follows
-        self.odd = ""  # what makes it impossible to continue
-        self.whole_text: bool | None = None  # /generate: each event repeats the text so far; None: not to be told yet
-        self.head: dict[str, Any] = {}  # what all its events share
-        self._unread = bytearray()
-
-    def feed(self, events: bytes) -> None:
-        """Whole events, as the client was sent them."""
-        self._unread += events
-        if len(self._unread) > _UNREAD_BYTES:
-            self.read()
-
-    def read(self) -> None:
-        """Bring everything else up to date."""
-        raw, self._unread = bytes(self._unread), bytearray()
-        said = list(_payloads(raw))
-        if self.whole_text:  # all is in the last of them
-            said = said[-2:]
-        new: list[str] = []  # joined once: a long text is not copied for each of its words
-        for data in said:
-            if data == b"[DONE]":
-                self.done = True
-            elif not self.odd:
-                try:
-                    self._read_event(_decode(data), new)
-                except (msgspec.DecodeError, KeyError, TypeError, IndexError, AttributeError):
-                    self.odd = "an event that is not understood"
-        self.text += "".join(new)
-        if len(self.text) + len(self.ids or ()) > _MOST:
-            self.odd, self.text, self.ids = "too long a text", "", None
-
-    def _read_event(self, event: dict[str, Any], new: list[str]) -> None:
-        if "error" in event:
-            self.odd = "an error"
-        elif self.stream == "generate":
-            self._read_generated(event, new)
-        else:
-            self._read_choices(event, new)
-
-    def _read_generated(self, event: dict[str, Any], new: list[str]) -> None:
-        meta, ids = event["meta_info"], event.get("output_ids")
-        self.head.setdefault("id", meta["id"])
-        count = meta["completion_tokens"]
-        if ids is None or event.get("index", 0) or not isinstance(event["text"], str):
-            self.odd = "events without ids, or of several answers"
-            return
-        if self.tokens and ids:  # from the second event on its length tells
-            self.whole_text = len(ids) == count
-        if self.whole_text is False and self.tokens:
-            new.append(event["text"])
-            self.ids = self.ids or []
-            self.ids += ids
-        else:
-            new.clear()
-            self.text, self.ids = event["text"], list(ids)
-        if len(self.ids) != count:
-            self.odd = "ids that are missing"
-        self.tokens, self.finished = count, bool(meta.get("finish_reason"))
-
-    def _read_choices(self, event: dict[str, Any], new: list[str]) -> None:
-        for name in ("id", "created", "model", "object"):
-            if name in event:
-                self.head.setdefault(name, event[name])
-        for choice in event["choices"]:
-            if choice.get("index", 0):
-                self.odd = "several choices"
-            delta = choice if self.stream == "completions" else choice["delta"]
-            if delta.get("tool_calls") or delta.get("reasoning_content") or choice.get("logprobs"):
-                self.odd = "tool calls, reasoning or log probabilities"
-            said = delta.get("text" if self.stream == "completions" else "content") or ""
-            new.append(said)
-            ids = choice.get("token_ids")
-            if ids is not None and self.ids is not None:
-                self.ids += ids
-            elif said:
-                self.ids = None
-            self.finished = self.finished or bool(choice.get("finish_reason"))
-        self.tokens = None if self.ids is None else len(self.ids)
-
-    def ending(self, request: Any) -> bytes | None:
-        """What the client still misses of a stream whose text is complete; None when text is missing."""
-        self.read()
-        if self.done:
-            return b""
-        wants_usage = isinstance(request, dict) and bool((request.get("stream_options") or {}).get("include_usage"))
-        return _DONE if self.finished and not self.odd and not wants_usage else None
 
 
 def rest_of(request: Any, so_far: Transcript, counted: int | None = None) -> dict[str, Any]:
@@ -272,7 +168,7 @@ class Splice:
 
     def translate(self, events: bytes) -> bytes:
         """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better."""
-        return b"".join(self._event(data) for data in _payloads(events))
+        return b"".join(self._event(data) for data in payloads(events))
 
     def _event(self, data: bytes) -> bytes:
         try:
@@ -301,10 +197,3 @@ class Splice:
             if delta and delta.pop("role", None) and not any(delta.values()) and not choice.get("finish_reason"):
                 return False  # the message was opened long ago
         return True
-
-
-def _payloads(events: bytes) -> Iterator[bytes]:
-    for event in events.replace(b"\r\n", b"\n").split(b"\n\n"):
-        data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-        if data:
-            yield data

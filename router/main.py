@@ -35,6 +35,7 @@ log = logging.getLogger("kvd.router")
 EX_CONFIG = 78
 _TICK_S = 0.25
 _BACKLOG = 2048
+_KEPT_BYTES = 8 << 20
 
 
 def listener(host: str, port: int) -> socket.socket:
@@ -83,10 +84,21 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
         "least_busy",
         settings.listen.processes,
     )
-    house = House(workers, steering, settings.read_tenants(), settings.read_limits(), told, settings.read_worker_key(), fleet.describe)
+    house = House(
+        workers,
+        steering,
+        settings.read_tenants(),
+        settings.read_limits(),
+        told,
+        settings.read_worker_key(),
+        fleet.describe,
+    )
     fleet.attach(steering, house)
     server = await loop.create_server(lambda: Client(house), sock=sock, backlog=_BACKLOG)
     gc.freeze()  # what lives as long as the process is not looked at again
+    # From a block of this size that is freed glibc learns not to give memory back at once (mallopt(3), on
+    # M_MMAP_THRESHOLD): else each body of some 32 KiB would fault its pages in anew.
+    bytes(_KEPT_BYTES)
 
     async def tick() -> None:
         while True:

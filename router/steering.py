@@ -5,7 +5,7 @@ this order as they happen, and `finished` exactly once for every choice, whateve
 raise. Times are those of the event loop's clock, in seconds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -51,8 +51,7 @@ def worker_at(url: str) -> Worker:
     return Worker(url.rstrip("/"), parts.hostname, parts.port or 80)
 
 
-@dataclass(slots=True)
-class Incoming:
+class Incoming(msgspec.Struct):
     """A whole request. `body` is what the worker will get, the tenant's salt included."""
 
     request_id: str
@@ -66,7 +65,7 @@ class Incoming:
     arrived: float
     deadline: float  # by when it must have been sent to a worker
     routed: bool  # which worker answers matters: it generates
-    _json: Any = field(default=msgspec.UNSET, repr=False)
+    _json: Any = msgspec.UNSET
 
     @property
     def json(self) -> Any:
@@ -79,8 +78,7 @@ class Incoming:
         return self._json
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One worker for one request. `note` is the steering's own business."""
 
     request: Incoming
@@ -94,7 +92,8 @@ class Steering(Protocol):
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
         """The best worker whose name is not in `tried`, as soon as one may take it. Raises Busy.
 
-        May be cancelled while it waits: then no choice was made and `finished` is not called.
+        May be cancelled while it waits: then no choice was made and `finished` is not called. Where it need not wait
+        it should not: up to its first wait it runs in no task (kvd.router.proxy.eager).
         """
 
     def sent(self, choice: Choice, now: float) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from kvd.router.continuation import CannotContinue, Splice, Transcript, needs_count, rest_of
+from kvd.router.continuation import CannotContinue, Splice, needs_count, rest_of
 from kvd.router.proxy.endpoints import Stream
 from kvd.router.proxy.events import WholeEvents
+from kvd.router.transcript import Transcript
 
 
 def sse(*events: Any) -> bytes:
@@ -158,6 +159,27 @@ def test_the_rest_looks_like_the_same_stream() -> None:
          "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}},
         "[DONE]",
     ).replace(b": ", b":").replace(b", ", b",").replace(b"data:", b"data: ")  # fmt: skip
+
+
+LONG: dict[str, tuple[Stream, list[Any]]] = {
+    "chat": ("chat", [said(f"{n} " * 100) for n in range(900)]),
+    "generate": ("generate", [generated("ab" * n, list(range(n)), n) for n in range(1, 300)]),
+    "generate, pieces": ("generate", [generated("ab" * 100, [n], n) for n in range(1, 900)]),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_stream_says_the_same_however_it_comes(name: str) -> None:
+    """Its oldest events are read while it goes on, those of a short one never."""
+    stream, events = LONG[name]
+    one_by_one, at_once = Transcript(stream), transcript(stream, *events, "[DONE]")
+    for event in [*events, "[DONE]"]:
+        one_by_one.feed(sse(event))
+    assert one_by_one.text or one_by_one.whole_text, "some of it was read"
+    one_by_one.read()
+    seen = [(made.text, made.ids, made.tokens, made.odd, made.done, made.head) for made in (one_by_one, at_once)]
+    assert seen[0] == seen[1]
+    assert seen[0][0].endswith("899 " * 100 if stream == "chat" else "ab")
 
 
 def test_a_transcript_is_bounded() -> None:

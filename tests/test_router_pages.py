@@ -72,7 +72,12 @@ def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker)
     status, said = asked(router, "/kvd/workers")
     assert (status, said["policy"], said["processes"], said["pid"]) == (200, "least_busy", 1, router.process.pid)
     (only,) = said["workers"]
-    assert (only["name"], only["state"], only["origin"], only["credit"]) == (worker.url, "serving", "configured", False)
+    assert (only["name"], only["state"], only["origin"], only["credit"]) == (
+        worker.url,
+        "serving",
+        "configured",
+        False,
+    )
     assert only["why"]
     status, said = asked(router, "/kvd/ledger")
     assert (status, said["available"], said["lost"]["lag"]) == (200, 0, 0)

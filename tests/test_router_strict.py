@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvd.router.proxy.headers import request_head
-from kvd.router.proxy.strict import Chunks, Head, Malformed, split
+from kvd.router.proxy.inbox import Inbox
+from kvd.router.proxy.strict import Chunks, Head, Malformed
 
 SEEDS = (
     b"POST /a?b=c HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
@@ -44,27 +45,35 @@ class Behind:
         self.bodies[-1] += body
 
 
-def accepted(received: bytearray) -> tuple[Head, bytes] | None:
-    """The first request, if it is whole and fine."""
-    head = split(received, 4096)
-    if head is None:
+def inbox(sent: bytes = b"") -> Inbox:
+    made = Inbox(4096, 1024)
+    made.add(sent)
+    return made
+
+
+def accepted(received: Inbox) -> tuple[Head, bytes] | None:
+    """The next request, if it is whole and fine."""
+    head = received.head()
+    body = received.body(head) if head is not None else None
+    return (head, body) if head is not None and body is not None else None
+
+
+def meant(received: Inbox) -> object:
+    """What the next request says, or why it is refused."""
+    try:
+        found = accepted(received)
+    except Malformed as refused:
+        return refused.status, refused.why
+    if found is None:
         return None
-    if head.chunked:
-        chunks = Chunks(1024)
-        return (head, bytes(chunks.body)) if chunks.take(received) else None
-    if len(received) < head.length:
-        return None
-    body = bytes(received[: head.length])
-    del received[: head.length]
-    return head, body
+    head, body = found
+    fields = [pair for pair in head.fields if pair[0] != b"content-length"]
+    return head.method, head.target, head.minor, fields, head.length, head.chunked, head.keep, head.nominated, body
 
 
 @given(st.sampled_from(SEEDS), EDITS)
 def test_what_is_passed_on_is_one_request(seed: bytes, edits: list[tuple[int, int, bytes]]) -> None:
-    sent = bytearray(seed)
-    for at, drop, put in edits:
-        at %= len(sent) + 1
-        sent[at : at + drop] = put
+    sent = inbox(edited(seed, edits))
     status, why = 400, "more has to come"
     try:
         while (found := accepted(sent)) is not None:
@@ -82,17 +91,51 @@ def test_what_is_passed_on_is_one_request(seed: bytes, edits: list[tuple[int, in
     assert why
 
 
+def edited(seed: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    sent = bytearray(seed)
+    for at, drop, put in edits:
+        at %= len(sent) + 1
+        sent[at : at + drop] = put
+    return bytes(sent)
+
+
+@given(st.sampled_from(SEEDS), EDITS)
+def test_what_was_read_before_does_not_change_what_is_read(seed: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    """The last head is remembered: the next one means what it would mean to somebody who has forgotten everything."""
+    sent = edited(seed, edits)
+    before = inbox(seed)
+    assert accepted(before) is not None
+    rest = len(before)
+    before.add(sent)
+    if not rest:
+        assert meant(before) == meant(inbox(sent))
+
+
+def test_a_head_that_is_the_same_but_for_its_length_is_read_once() -> None:
+    one = inbox(SEEDS[0])
+    first = accepted(one)
+    one.add(SEEDS[0].replace(b"Length: 5", b"Length: 11") + b" again")
+    second = accepted(one)
+    assert first is not None
+    assert second is not None
+    assert first[0] is second[0]
+    assert (second[0].length, second[1]) == (11, b"hello again")
+    one.add(SEEDS[0].replace(b"Length: 5", b"Length: "))
+    with pytest.raises(Malformed, match="content-length is not a number"):
+        one.head()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bytes_may_come_in_any_pieces(seed: bytes) -> None:
-    whole = accepted(bytearray(seed))
-    assert whole is not None
-    received, seen, head = bytearray(), 0, None
+    whole, pieces, found = accepted(inbox(seed)), inbox(), []
+    head = None
     for byte in seed:
-        received.append(byte)
-        if head is None:
-            head = split(received, 4096, seen)
-            seen = len(received)
-    assert head == whole[0]
+        pieces.add(bytes([byte]))
+        head = head or pieces.head()
+        if head is not None and (body := pieces.body(head)) is not None:
+            found.append((head, body))
+            head = None
+    assert found[:1] == [whole]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])

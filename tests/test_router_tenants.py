@@ -7,7 +7,7 @@ import pytest
 
 from kvd.errors import SettingsError
 from kvd.router.tenants import ANYBODY, Tenant, Tenants, Unsaltable, digest
-from tests.router_harness import MockWorker, Router, post
+from tests.router_harness import MockWorker, Router, post, until
 
 SECRET = b"0123456789abcdef"
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob", "root": "key-of-root"}
@@ -163,6 +163,21 @@ def test_each_tenants_requests_carry_its_salt_and_no_key(router: Router, worker:
     assert "cache_salt" not in json.loads(root["body"]), "shared"
     for seen in (alice, bob, root):
         assert not {"authorization", "x-api-key"} & dict(seen["headers"]).keys()
+
+
+def test_each_request_on_a_connection_is_who_it_says(router: Router, worker: MockWorker) -> None:
+    """Heads that are the same are from the same tenant; what is remembered of one is no other's."""
+    worker.forget()
+    with router.connect() as sock:
+        for n, name in enumerate(("alice", "alice", "bob", "alice", "root")):
+            sock.sendall(post("/generate", {"text": f"a{n}"}, f"authorization: Bearer {KEYS[name]}"))
+            assert until(sock, b"}}").startswith(b"HTTP/1.1 200 ")
+        sock.sendall(post("/generate", {"text": "b"}, "authorization: Bearer key-of-nobody"))
+        assert until(sock, b"}}").startswith(b"HTTP/1.1 401 ")
+    salts = [json.loads(seen["body"]).get("cache_salt") for seen in worker.requests]
+    assert len(salts) == 5
+    assert salts[0] == salts[1] == salts[3]
+    assert len(set(salts)) == 3
 
 
 def test_where_no_salt_can_be_carried_tenants_are_refused(router: Router) -> None:

@@ -1,10 +1,9 @@
 """An answer on its way to a client: the head once, the body framed as the head said, and an end that shows. Pure.
 
-What it writes is collected until `take`, so that a small answer leaves in one piece.
+Each method says what is to be written; whoever calls writes it in one piece.
 """
 
 import json
-from dataclasses import dataclass, field
 
 from kvd.router.proxy.headers import LAST_CHUNK, Fields, framed, response_head
 from kvd.router.proxy.strict import Head
@@ -13,49 +12,44 @@ _BODILESS = frozenset({204, 304})
 _JSON = (b"content-type", b"application/json")
 
 
-@dataclass(slots=True)
 class Answer:
     """To the request with this `head`; None for one that could not be read."""
 
-    head: Head | None
-    request_id: bytes
-    keep: bool  # the connection outlives it
-    started: bool = False
-    _chunked: bool = False
-    _silent: bool = False  # no body, whatever arrives
-    _out: list[bytes] = field(default_factory=list)
+    __slots__ = ("_chunked", "_head", "_request_id", "_silent", "keep", "started")
 
-    def begin(self, status: int, fields: Fields, length: int | None) -> None:
-        """`length` None: not known yet."""
+    def __init__(self, head: Head | None, request_id: bytes, keep: bool) -> None:
+        self._head = head
+        self._request_id = request_id
+        self.keep = keep  # the connection outlives it
+        self.started = False
+        self._chunked = False
+        self._silent = False  # no body, whatever arrives
+
+    def begin(self, status: int, fields: Fields, length: int | None) -> bytes:
+        """The head. `length` None: not known yet."""
         assert not self.started, "one head"
         self.started = True
-        self._silent = status in _BODILESS or (self.head is not None and self.head.method == "HEAD")
+        head = self._head
+        bodiless = status in _BODILESS
+        self._silent = bodiless or (head is not None and head.method == "HEAD")
         if length is None and not self._silent:
-            self._chunked = self.head is not None and self.head.minor == 1
+            self._chunked = head is not None and head.minor == 1
             self.keep = self.keep and self._chunked
-        shown = None if status in _BODILESS else length
-        self._out.append(response_head(status, fields, self.request_id, shown, self._chunked, self.keep))
+        shown = None if bodiless else length
+        return response_head(status, fields, self._request_id, shown, self._chunked, self.keep)
 
-    def body(self, data: bytes) -> None:
-        if data and not self._silent:
-            self._out.append(framed(data) if self._chunked else data)
+    def body(self, data: bytes) -> bytes:
+        """More of it."""
+        if not data or self._silent:
+            return b""
+        return framed(data) if self._chunked else data
 
-    def end(self) -> None:
-        if self._chunked:
-            self._out.append(LAST_CHUNK)
-
-    def take(self) -> bytes:
-        """What is to be written now."""
-        out = self._out
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
-        return data
+    def end(self) -> bytes:
+        return LAST_CHUNK if self._chunked else b""
 
     def whole(self, status: int, body: bytes, fields: Fields = (_JSON,)) -> bytes:
         """A short answer of our own, all of it."""
-        self.begin(status, fields, len(body))
-        self.body(body)
-        return self.take()
+        return self.begin(status, fields, len(body)) + self.body(body)
 
 
 def plain_error(status: int, why: str) -> bytes:

@@ -59,3 +59,14 @@ async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
         return None
     finally:
         house.steering.finished(choice, outcome, house.loop.time())
+
+
+async def count_tokens(house: "House", request: Incoming, text: str, tried: frozenset[str]) -> int | None:
+    """Tokens of a text, as a worker counts them; None where none says. `request`: for whom it is asked."""
+    body = msgspec.json.encode({"prompt": text, "add_special_tokens": False})
+    question = msgspec.structs.replace(
+        request, method="POST", path="/tokenize", body=body, routed=False, _json=msgspec.UNSET
+    )
+    said = await ask(house, question, tried)
+    count = said.get("count") if isinstance(said, dict) else None
+    return count if isinstance(count, int) else None

@@ -1,6 +1,6 @@
-"""One client's connection: heads and bodies in, whole requests to the house, answers out in the order of the requests.
+"""One client's connection: bytes in, whole requests to the house, answers out in the order of the requests.
 
-A request is taken apart by kvd.router.proxy.strict; the first thing that is wrong with it ends the connection, because
+A request is taken apart by kvd.router.proxy.inbox; the first thing that is wrong with it ends the connection, because
 where the next request begins is then anybody's guess. Requests that come before the last one is answered wait.
 Always true: a client that leaves, however, leaves nothing running; what it may make us hold is bounded; each state it
 can keep us in has a deadline.
@@ -15,7 +15,8 @@ from kvd.router.proxy.endpoints import Endpoint, error_body
 from kvd.router.proxy.everywhere import Everywhere
 from kvd.router.proxy.exchange import Exchange
 from kvd.router.proxy.headers import CONTINUE
-from kvd.router.proxy.strict import Chunks, Head, Malformed, split
+from kvd.router.proxy.inbox import Inbox
+from kvd.router.proxy.strict import Head, Malformed
 from kvd.router.steering import Incoming
 from kvd.router.tenants import Tenant
 
@@ -31,17 +32,21 @@ _FOREVER = float("inf")
 class Client(asyncio.Protocol):
     """One connection."""
 
+    __slots__ = (
+        "_admitted", "_deadline", "_ended", "_endpoint", "_exchange", "_head", "_house", "_inbox", "_limits",
+        "_peer", "_reserved", "_tenant", "_transport", "paused",
+    )  # fmt: skip
+
     def __init__(self, house: "House") -> None:
         self._house = house
         self._limits = house.limits
         self._transport: asyncio.Transport | None = None
         self._peer = ""  # its address
-        self._received = bytearray()
-        self._seen = 0  # of it, bytes that hold no whole head
+        self._inbox = Inbox(self._limits.head_bytes, self._limits.body_bytes)
         self._head: Head | None = None  # of the request whose body is on its way
+        self._admitted: Head | None = None  # the last that was, where that stays so
         self._endpoint = Endpoint()
         self._tenant: Tenant | None = None
-        self._chunks: Chunks | None = None
         self._reserved = 0  # bytes of body counted in the house
         self._exchange: Exchange | Everywhere | None = None
         self._ended = False  # nothing more is read
@@ -62,12 +67,15 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        if not self._received and self._exchange is None and self._head is None:
-            self._deadline = self._house.loop.time() + self._limits.head_s
-        self._received += data
+        inbox = self._inbox
         if self._exchange is None:
+            if self._head is None and not inbox:
+                self._deadline = self._house.loop.time() + self._limits.head_s
+            inbox.add(data)
             self._advance()
-        elif len(self._received) > _AHEAD_BYTES:
+            return
+        inbox.add(data)
+        if len(inbox) > _AHEAD_BYTES:
             assert self._transport is not None
             self._transport.pause_reading()
 
@@ -94,21 +102,21 @@ class Client(asyncio.Protocol):
     def _advance(self) -> None:
         """Take apart what was received, until a request is whole or more has to come."""
         try:
-            if self._head is None:
-                self._head = split(self._received, self._limits.head_bytes, self._seen)
-                if self._head is None:
-                    self._seen = len(self._received)
+            head = self._head
+            if head is None:
+                head = self._head = self._inbox.head()
+                if head is None:
                     return
-                self._seen = 0
-                self._admit(self._head)
-            body = self._body(self._head)
+                self._admit(head)
+            body = self._inbox.body(head)
+            self._reserve(self._inbox.body_bytes if body is None else len(body))
         except Malformed as wrong:
             self._house.counts["refused"] += 1
             self._refuse(wrong.status, wrong.why)
             return
         if body is None:
             return
-        head, self._head, self._chunks = self._head, None, None
+        self._head = None
         self._deadline = _FOREVER
         assert self._tenant is not None
         own = self._house.own_page(head, body)
@@ -123,12 +131,15 @@ class Client(asyncio.Protocol):
             self.write(answer.whole(wrong.status, error_body(self._endpoint.dialect, wrong.status, wrong.why)))
             self.done(answer.keep)
             return
-        self._exchange = self._start(head, request)
+        self._exchange = exchange = self._start(head, request)
+        exchange.begin()
 
     def _start(self, head: Head, request: Incoming) -> Exchange | Everywhere:
+        if self._endpoint.routed:
+            return Exchange(self, self._house, head, self._endpoint, request)
         pools = self._house.pools
         named = head.single.get(b"x-kvd-worker", b"").decode("latin-1")
-        if named in pools and not self._endpoint.routed:
+        if named in pools:
             return Everywhere(self, self._house, head, request, [pools[named].worker], single=True)
         if self._endpoint.everywhere and len(pools) > 1:
             workers = [pool.worker for pool in pools.values()]
@@ -137,34 +148,20 @@ class Client(asyncio.Protocol):
 
     def _admit(self, head: Head) -> None:
         """Whether this client may ask this at all, before its body is taken."""
-        self._endpoint, self._tenant = self._house.admit(head, self._peer)
+        if head is not self._admitted:  # who asks for the same once more has the same key
+            self._endpoint, self._tenant = self._house.admit(head, self._peer)
+            self._admitted = head if b"x-kvd-worker" not in head.single else None
         if head.length > self._limits.body_bytes:
             raise Malformed(413, f"the body is larger than {self._limits.body_bytes} bytes")
-        self._chunks = Chunks(self._limits.body_bytes) if head.chunked else None
         self._deadline = self._house.loop.time() + self._limits.body_s
-        if head.expects and (head.length or head.chunked) and not self._received:
+        if head.expects and (head.length or head.chunked) and not self._inbox.body_begun:
             self.write(CONTINUE)
 
-    def _body(self, head: Head) -> bytes | None:
-        """The body once it is whole."""
-        if self._chunks is not None:
-            whole = self._chunks.take(self._received)
-            self._reserve(len(self._chunks.body) - self._reserved)
-            return bytes(self._chunks.body) if whole else None
-        self._reserve(min(len(self._received), head.length) - self._reserved)  # what came, not what was announced
-        if len(self._received) < head.length:
-            return None
-        if len(self._received) == head.length:
-            body, self._received = bytes(self._received), bytearray()
-        else:
-            body = bytes(self._received[: head.length])
-            del self._received[: head.length]
-        return body
-
     def _reserve(self, size: int) -> None:
-        if not self._house.reserve(size):
+        """Count what came of the body, not what was announced: `size` bytes by now."""
+        if not self._house.reserve(size - self._reserved):
             raise Malformed(503, "too many large requests at once")
-        self._reserved += size
+        self._reserved = size
 
     def _release(self) -> None:
         self._house.release(self._reserved)
@@ -187,10 +184,11 @@ class Client(asyncio.Protocol):
             self._deadline = self._house.loop.time() + self._limits.send_s
             self._transport.close()
             return
-        self._deadline = self._house.loop.time() + (self._limits.head_s if self._received else self._limits.idle_s)
-        if len(self._received) > _AHEAD_BYTES:
+        ahead = len(self._inbox)
+        self._deadline = self._house.loop.time() + (self._limits.head_s if ahead else self._limits.idle_s)
+        if ahead > _AHEAD_BYTES:
             self._transport.resume_reading()
-        if self._received:
+        if ahead:
             # Not at once: a thousand requests in one packet must not be a thousand calls deep.
             self._house.loop.call_soon(self._next)
 
@@ -210,7 +208,7 @@ class Client(asyncio.Protocol):
         self.write(answer.whole(status, plain_error(status, why)))
         self._ended = True
         self._release()
-        self._received.clear()
+        self._inbox.clear()
         # Closing with bytes unread would reset the connection, and the client might never see why: it may send on for
         # a moment, to nobody.
         self._deadline = self._house.loop.time() + _LINGER_S
@@ -222,7 +220,7 @@ class Client(asyncio.Protocol):
     @property
     def idle(self) -> bool:
         """It asked for nothing that is not answered."""
-        return self._exchange is None and self._head is None and not self._received
+        return self._exchange is None and self._head is None and not self._inbox
 
     def check(self, now: float) -> None:
         """Called about four times a second."""

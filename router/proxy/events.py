@@ -18,6 +18,9 @@ class WholeEvents:
         """What is whole by now."""
         if self._held:
             data = self._held + data
+        if data.endswith(b"\n\n"):  # nearly always
+            self._held, self.inside = b"", False
+            return data
         end = max(_after(data, b"\n\n"), _after(data, b"\r\n\r\n"))
         if not end and len(data) > _MOST:
             self._held, self.inside = b"", True

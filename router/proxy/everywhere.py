@@ -36,11 +36,17 @@ class Everywhere:
         self._head = head
         self._request = request
         self._single = single
-        self._task = house.loop.create_task(self._run(workers), name="everywhere")
+        self._workers = workers
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Tell them."""
+        self._task = self._house.loop.create_task(self._run(self._workers), name="everywhere")
 
     def leave(self) -> None:
         """The client is gone: nobody is told any more who was not told yet. Idempotent."""
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     def pause(self) -> None:
         """Nothing to do: what is on its way is small."""

@@ -14,8 +14,8 @@ from kvd.router.pages.told import Told
 from kvd.router.proxy.answers import Answer
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.endpoints import Endpoint, endpoint
+from kvd.router.proxy.pool import Pool
 from kvd.router.proxy.strict import Head, Malformed
-from kvd.router.proxy.upstream import Pool
 from kvd.router.steering import Incoming, Steering, Worker
 from kvd.router.tenants import Tenant, Tenants, Unsaltable
 
@@ -151,12 +151,14 @@ class House:
             except Unsaltable as error:
                 raise Malformed(400, str(error)) from error
         now = self.loop.time()
-        within = head.single.get(b"x-kvd-timeout-s", b"")
-        seconds = float(within) if _SECONDS.fullmatch(within) else self.limits.queue_s
+        seconds = self.limits.queue_s
+        within = head.single.get(b"x-kvd-timeout-s")
+        if within is not None and _SECONDS.fullmatch(within):
+            seconds = min(seconds, float(within))
         self.counts["requests"] += 1
         return Incoming(
             self.request_id(head), head.method, head.path, head.fields, body, tenant.name, tenant.weight,
-            tenant.priority, now, now + min(seconds, self.limits.queue_s), known.routed,
+            tenant.priority, now, now + seconds, known.routed,
         )  # fmt: skip
 
     def own_page(self, head: Head, body: bytes) -> bytes | None:
@@ -172,7 +174,7 @@ class House:
         numbers: dict[str, float] = {f"{name}_total": count for name, count in sorted(self.counts.items())}
         numbers |= {"clients": len(self._clients), "bodies_bytes": self._bodies}
         numbers |= {named("worker_connections", worker=name): len(pool) for name, pool in self.pools.items()}
-        numbers |= {f'fleet_{name}': value for name, value in self._fleet_numbers().items()}
+        numbers |= {f"fleet_{name}": value for name, value in self._fleet_numbers().items()}
         return numbers | {f"steering_{name}": value for name, value in self.steering.describe().items()}
 
     # Goodbye

@@ -41,7 +41,7 @@ class Malformed(Exception):
 
 @dataclass(slots=True)
 class Head:
-    """A request's head. `fields` are (name in lower case, value) in the order they came."""
+    """A request's head. `fields` are (name in lower case, value) in the order they came, but for content-length."""
 
     method: str
     target: bytes
@@ -53,30 +53,30 @@ class Head:
     keep: bool = True  # the connection outlives the answer
     single: dict[bytes, bytes] = field(default_factory=dict)  # those of _ONCE that are there
     nominated: frozenset[bytes] = frozenset()  # by `connection`: meant for us alone
+    path: str = ""  # the target without its query
+    passed_on: bytes = field(default=b"", compare=False)  # as kvd.router.proxy.headers wrote it for a worker
 
-    @property
-    def path(self) -> str:
-        return self.target.partition(b"?")[0].decode("ascii")
+    def __post_init__(self) -> None:
+        self.path = self.target.partition(b"?")[0].decode("ascii")
 
 
-def split(received: bytearray, most: int, seen: int = 0) -> Head | None:
-    """Take one whole head from the front of `received`; None while more has to come. Raises Malformed.
+def head_end(received: bytes | bytearray, most: int, seen: int = 0) -> int:
+    """Where the head at the front of `received` ends, its empty line included; 0 while more has to come.
 
-    `seen`: how many bytes were there the last time: they are not looked at again.
+    `most`: bytes of a head. `seen`: how many bytes were there the last time: they are not looked at again.
+    Raises Malformed.
     """
     end = received.find(b"\r\n\r\n", max(0, seen - 3), most)
-    if end < 0:
-        if len(received) >= most:
-            at_line_end = received.find(b"\r\n", 0, most) < 0
-            raise Malformed(414, "the target is too long") if at_line_end else Malformed(431, "the head is too large")
-        if (lone := _LONE.search(received, max(0, seen - 1))) is not None:
-            raise Malformed(400, f"byte {lone.start()} is not allowed in a head")
-        if len(received) > MAX_TARGET_BYTES + 64 and received.find(b"\r\n", 0, MAX_TARGET_BYTES + 64) < 0:
-            raise Malformed(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-        return None
-    head = bytes(received[: end + 4])
-    del received[: end + 4]
-    return read(head)
+    if end >= 0:
+        return end + 4
+    if len(received) >= most:
+        at_line_end = received.find(b"\r\n", 0, most) < 0
+        raise Malformed(414, "the target is too long") if at_line_end else Malformed(431, "the head is too large")
+    if (lone := _LONE.search(received, max(0, seen - 1))) is not None:
+        raise Malformed(400, f"byte {lone.start()} is not allowed in a head")
+    if len(received) > MAX_TARGET_BYTES + 64 and received.find(b"\r\n", 0, MAX_TARGET_BYTES + 64) < 0:
+        raise Malformed(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+    return 0
 
 
 def read(head: bytes) -> Head:
@@ -124,7 +124,8 @@ def _framed(head: Head) -> Head:
     elif length is not None:
         if _LENGTH.fullmatch(length) is None:
             raise Malformed(400, "content-length is not a number")
-        head.length = int(length)
+        head.length = int(single.pop(b"content-length"))
+        head.fields = [pair for pair in head.fields if pair[0] != b"content-length"]
     if (expect := single.get(b"expect")) is not None:
         if expect.lower() != b"100-continue":
             raise Malformed(417, "only 100-continue can be expected")

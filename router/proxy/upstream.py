@@ -1,8 +1,6 @@
-"""Connections to one worker: kept open, one request on each at a time, each answer handed on as it arrives.
+"""One connection to a worker: one request at a time, its answer handed on as it arrives.
 
-A connection is used again only after an answer that ended by itself and left nothing behind. One that a worker closed
-while it lay idle is noticed at once; the race that remains (a request sent into a closing connection) ends as
-`no_answer`, which the exchange may try again.
+It is used again (see kvd.router.proxy.pool) only after an answer that ended by itself and left nothing behind.
 Never here: the meaning of an answer, retries, the client.
 """
 
@@ -13,7 +11,6 @@ from typing import Protocol, cast
 import httptools
 
 from kvd.errors import KvdError
-from kvd.router.steering import Worker
 
 _BODILESS = frozenset({204, 304})
 _MAX_HEAD_BYTES = 65536
@@ -39,27 +36,46 @@ class Receiver(Protocol):
         """The connection ended before the answer was whole; after it, nothing."""
 
 
+class Owner(Protocol):
+    """Who keeps connections."""
+
+    def made(self, connection: "Connection") -> None:
+        """It is open."""
+
+    def rest(self, connection: "Connection") -> None:
+        """It is idle and may be used again."""
+
+    def forget(self, connection: "Connection") -> None:
+        """It is closed."""
+
+
 class Connection(asyncio.Protocol):
     """One connection to a worker."""
 
-    def __init__(self, pool: "Pool", once: bool) -> None:
-        self._pool = pool
+    __slots__ = (
+        "_excess", "_fields", "_head_bytes", "_keep", "_method", "_once", "_owner", "_parser", "_parts", "_paused",
+        "_receiver", "_status", "_told", "_transport", "_whole",
+    )  # fmt: skip
+
+    def __init__(self, owner: Owner, once: bool) -> None:
+        self._owner = owner
         self._once = once
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._paused = False
-        self._reset(b"")
-
-    def _reset(self, method: bytes) -> None:
         self._parser = httptools.HttpResponseParser(self)
+        self._parts: list[bytes] = []
+        self._excess = False  # bytes came after the end
+        self._expect("")
+
+    def _expect(self, method: str) -> None:
+        """An answer to a request with this method. The answer before was whole, or there was none."""
         self._method = method
         self._fields: list[tuple[bytes, bytes]] = []
-        self._parts: list[bytes] = []
         self._status = 0  # 0 until the head is whole
         self._told = False  # the receiver has the head
         self._whole = False
         self._keep = False  # the worker leaves the connection open after this
-        self._excess = False  # bytes came after the end
         self._head_bytes = 0
 
     @property
@@ -70,7 +86,7 @@ class Connection(asyncio.Protocol):
         """Send one request; its answer goes to `receiver`. The connection must be idle."""
         assert self._receiver is None, "one request at a time"
         assert self._transport is not None
-        self._reset(method.encode())
+        self._expect(method)
         self._receiver = receiver
         if len(body) < 16384:
             self._transport.write(head + body)
@@ -105,7 +121,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._pool.made(self)
+        self._owner.made(self)
 
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
@@ -143,9 +159,10 @@ class Connection(asyncio.Protocol):
         elif body or whole:
             receiver.more(body, whole)
         if whole:
-            if self._keep and not self._once and self._method != b"HEAD" and self.usable:
-                self.resume()  # its last reader may have been slow: the next one is another
-                self._pool.rest(self)
+            if self._keep and not self._once and self._method != "HEAD" and self.usable:
+                if self._paused:  # its last reader was slow: the next one is another
+                    self.resume()
+                self._owner.rest(self)
             else:
                 self.abandon()
 
@@ -164,7 +181,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         receiver, self._receiver = self._receiver, None
         self._transport = None
-        self._pool.forget(self)
+        self._owner.forget(self)
         if receiver is None:
             return
         if self._status and not self._whole and self._ends_with_connection() and error is None:
@@ -194,7 +211,7 @@ class Connection(asyncio.Protocol):
             return
         self._status = status
         self._keep = self._parser.should_keep_alive()
-        if self._method == b"HEAD" or status in _BODILESS:
+        if self._method == "HEAD" or status in _BODILESS:
             self._whole = True
 
     def on_body(self, body: bytes) -> None:
@@ -204,67 +221,3 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._status:
             self._whole = True
-
-
-class Pool:
-    """The connections to one worker. At most `most` lie idle."""
-
-    def __init__(self, worker: Worker, connect_s: float, most: int = 256) -> None:
-        self.worker = worker
-        self._connect_s = connect_s
-        self._most = most
-        self._idle: list[Connection] = []
-        self._all: set[Connection] = set()
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def take_nowait(self) -> Connection | None:
-        """An idle connection, the one used last."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
-                return connection
-        return None
-
-    async def connect(self, once: bool = False) -> Connection:
-        """A new connection; `once`: for one request. Raises Lost."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self, once), self.worker.host, self.worker.port
-                )
-        except TimeoutError:
-            raise Lost(f"{self.worker.name} did not accept a connection within {self._connect_s} s") from None
-        except OSError as error:
-            raise Lost(f"{self.worker.name}: {error.strerror or error}") from None
-        return connection
-
-    # What connections say of themselves
-
-    def made(self, connection: Connection) -> None:
-        self._all.add(connection)
-
-    def rest(self, connection: Connection) -> None:
-        if len(self._idle) < self._most:
-            self._idle.append(connection)
-        else:
-            connection.abandon()
-
-    def forget(self, connection: Connection) -> None:
-        self._all.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def cut(self, why: str) -> None:
-        """End every connection; who waits for an answer is told."""
-        for connection in list(self._all):
-            connection.cut(why)
-        self._idle.clear()
-
-    def close(self) -> None:
-        """Drop every connection, busy ones too. Idempotent."""
-        for connection in list(self._all):
-            connection.abandon()
-        self._idle.clear()

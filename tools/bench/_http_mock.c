@@ -3,7 +3,7 @@
  *     _http_mock PORT
  *
  * GET: a short JSON answer. POST: a chat answer of about 300 bytes; or, where the body asks for a stream, `max_tokens`
- * events, each with the time it was sent in its id (CLOCK_MONOTONIC, ns) and in a write of its own: as fast as the reader
+ * (or `max_completion_tokens`) events, each with the time it was sent in its id (CLOCK_MONOTONIC, ns) and in a write of its own: as fast as the reader
  * takes them when that number is even, 100 a second when it is odd.
  */
 #define _GNU_SOURCE
@@ -112,8 +112,9 @@ static int answer(struct conn *c, const char *head, const char *body, size_t len
         "\"is_generation\":true,\"version\":\"0.5.23\",\"object\":\"list\",\"data\":[{\"id\":\"mock\",\"object\":\"model\"}]}";
     char out[1024];
     if (head[0] == 'P' && (memmem(body, length, "\"stream\":true", 13) || memmem(body, length, "\"stream\": true", 14))) {
-        const char *max = memmem(body, length, "\"max_tokens\":", 13);
-        c->left = max ? atol(max + 13) : 16;
+        /* sglang-router renames max_tokens to max_completion_tokens */
+        const char *max = memmem(body, length, "_tokens\":", 9);
+        c->left = max ? atol(max + 9) : 16;
         c->paced = c->left % 2;
         c->next = now_ns();
         int n = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"

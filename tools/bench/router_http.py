@@ -91,6 +91,18 @@ def _figures(key: str, name: str, found: Measured) -> dict[str, float]:
     return figures
 
 
+def _added(samples: Samples, names: list[str]) -> dict[str, float]:
+    """Microseconds that each router adds to a request alone on its connection; both medians over the rounds."""
+    found = {}
+    for quantile in ("p50_us", "p99_us"):
+        direct = samples.median(f"direct 1 KiB, 1 {quantile}")
+        for name in names[1:]:
+            through = samples.median(f"{name} 1 KiB, 1 {quantile}")
+            if direct is not None and through is not None:
+                found[f"{name} added {quantile}"] = round(through - direct, 1)
+    return found
+
+
 def main() -> None:
     wanted = options(__doc__)
     with ExitStack() as stack:
@@ -137,6 +149,7 @@ def _report(samples: Samples, names: list[str], missing: dict[str, str], wanted:
         "delivery_p99": samples.ratio(f"{OURS} 100/s x 64 p99_us", f"{THEIRS} 100/s x 64 p99_us"),
     }
     figures = {name: round(statistic, 1) for name in samples.rounds if (statistic := samples.median(name)) is not None}
+    figures |= _added(samples, names)
     finish("router_http", table, wanted, ratios, figures)
 
 
