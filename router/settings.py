@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvd.errors import SettingsError
+from kvd.router.policies.named import Name
 from kvd.router.proxy.house import Limits
 from kvd.router.steering import Worker
 from kvd.router.tenants import Tenants
@@ -68,6 +69,19 @@ class QueueSettings(BaseModel):
     )
 
 
+class RoutingSettings(BaseModel):
+    """How a worker is chosen."""
+
+    model_config = _STRICT
+
+    policy: Name = Field(
+        "kvd", description="kvd: the least expected waiting; others, to compare with: router/policies"
+    )
+    model_path: Path | None = Field(
+        None, description="the workers' model folder, for its tokenizer; unset: the path they name, if it is here too"
+    )
+
+
 class TenantSettings(BaseModel):
     """API keys."""
 
@@ -93,6 +107,7 @@ class RouterSettings(BaseSettings):
     listen: ListenSettings = ListenSettings()
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
+    routing: RoutingSettings = RoutingSettings()
     tenants: TenantSettings = TenantSettings()
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long a clean stop waits for answers in progress")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")

@@ -32,7 +32,8 @@ PURE = (
     "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
     "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",
     "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
-    "kvd.router.policies.kvd", "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
+    "kvd.router.policies.kvd", "kvd.router.policies.named", "kvd.router.usage",
+    "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
 )  # fmt: skip
 IMPURE = {"asyncio", "zmq", "os", "time", "socket", "threading", "random", "mmap", "logging", "subprocess"}
 IN_A_WORKER = {"msgspec", "zmq", "xxhash", "numpy", "torch", "sglang"}
