@@ -16,6 +16,7 @@ import re
 from typing import Final
 
 _EVENT: Final = b"data: {"
+_LINE: Final = b"\n" + _EVENT  # no text that a model wrote has a bare line end in it
 _FIGURES: Final = re.compile(
     rb'"(?:(cached_tokens|cache_read_input_tokens)|completion_tokens|output_tokens)"\s*:\s*(\d{1,12})'
 )
@@ -51,12 +52,13 @@ class Usage:
         # Whole events: nothing that is cut. It costs a stream nothing to remember.
         self._kept = b"" if received.endswith(b"\n") else data[-_KEPT:]
         if not self.began:
-            self.began = self._mark in data and _EVENT in data
-            if not self.began:
+            if self._mark not in data:
                 return 0
             received = data
-        events = received.count(_EVENT)
-        self.events += events
+        events = received.count(_LINE) + received.startswith(_EVENT)
+        if events:
+            self.began = True
+            self.events += events
         return events
 
     def _figures(self, data: bytes) -> None:

@@ -25,6 +25,7 @@ WORKERS = "workers = ['http://127.0.0.1:30000']\n"
         ("workers = ['http://a:1', 'http://a:1']", "twice"),
         (WORKERS + "drain = 5", "drain"),
         (WORKERS + "[listen]\nprocesses = 0", "listen.processes"),
+        (WORKERS + "[routing]\npolicy = 'best'", "routing.policy"),
         (WORKERS + "[limits]\nbody_bytes = 2000\nbodies_bytes = 1024", "bodies_bytes must"),
         ("= 5", "not TOML"),
     ],
