@@ -33,6 +33,7 @@ from kvd.router.usage import Usage
 from kvd.router.work import Request, Work
 
 _NOTHING = Matched()
+_LEARN_S = 1.0  # a worker's speed is learnt from its requests no more often: learning takes a millisecond
 
 
 @dataclass(slots=True, eq=False)
@@ -72,12 +73,15 @@ class Informed(LeastBusy):
         self._knowledge = knowledge
         self._seen = Seen()
         self._unheard: dict[str, Life] = {}  # whose first token we shall not see
+        self._learnt: dict[tuple[str, str], float] = {}  # worker and what -> when
         self._number = 0
 
     def forget(self, worker: str) -> None:
         """The worker has gone, and what was there with it."""
         self.load.forget(worker)
         self.predicted.forget(worker)
+        for what in ("prefill", "decode"):
+            self._learnt.pop((worker, what), None)
 
     # -- the choice ---------------------------------------------------------------------------------------
 
@@ -176,7 +180,7 @@ class Informed(LeastBusy):
         life.made.first_token(now)
         self.predicted.prefilled(life.id, life.worker, now)
         served = self.load.first_token(life.id, now, life.usage.cached)
-        if served is not None and life.prompt.exact:
+        if served is not None and life.prompt.exact and self._due(life.worker, "prefill", now):
             life.rates.prefilled(*served)
 
     def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
@@ -211,9 +215,16 @@ class Informed(LeastBusy):
         if not life.prompt.single or tokens is None:
             return
         life.rates.answered(tokens)
-        if life.first_at is not None and tokens > 1:
+        if life.first_at is not None and tokens > 1 and self._due(life.worker, "decode", now):
             load = self.load.at(life.worker, now)
             life.rates.decoded(load.running, load.context_tokens, (now - life.first_at) / (tokens - 1))
+
+    def _due(self, worker: str, what: str, now: float) -> bool:
+        """Whether to learn from this one."""
+        if now - self._learnt.get((worker, what), -_LEARN_S) < _LEARN_S:
+            return False
+        self._learnt[worker, what] = now
+        return True
 
     def _still(self, life: Life, cached: int) -> int:
         """What its worker's GPU has of it now, where that makes a difference to the ledger."""
