@@ -55,7 +55,8 @@ class Regression:
 
     @staticmethod
     def _by(coefficients: Sequence[float], parts: Sequence[float]) -> float:
-        return sum(map(mul, coefficients, parts))
+        seconds: float = sum(map(mul, coefficients, parts))
+        return seconds
 
     def _learn(self) -> None:
         level = median(seconds / self._by(self._prior, parts) for parts, seconds in self._seen)
