@@ -31,6 +31,10 @@ class Standing:
     failures: int = 0  # in a row
     rests_until: float = 0.0
 
+    def awake(self, now: float) -> bool:
+        """It may be given something."""
+        return self.rests_until <= now
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
@@ -65,7 +69,7 @@ class LeastBusy:
         loop = asyncio.get_running_loop()
         now = loop.time()
         others = [load for load in self._serving(asked.model) if load.worker.name not in asked.tried]
-        awake = [load for load in others if load.rests_until <= now]
+        awake = [load for load in others if load.awake(now)]
         if asked.tried or not asked.request.routed:
             if not awake:
                 raise self._busy("no other worker can be reached", 1.0)
@@ -117,9 +121,7 @@ class LeastBusy:
                 model = waiting.asked.model
                 if model not in free:
                     free[model] = [
-                        each
-                        for each in self._serving(model)
-                        if each.rests_until <= now and each.requests < self._most_each
+                        each for each in self._serving(model) if each.awake(now) and each.requests < self._most_each
                     ]
                 return bool(free[model])
 

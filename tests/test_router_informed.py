@@ -584,7 +584,7 @@ def test_a_million_requests_leave_memory_as_it_was(table: Table) -> None:
             steered.first_byte(choice, 200, loop.now)
             for piece in said[number % 3 > 0]:
                 steered.progressed(choice, piece, loop.now)
-            steered.finished(choice, "answered" if number % 5 else "cut", loop.now)
+            steered.finished(choice, "answered" if number % 5 else "cancelled", loop.now)
             if number % 16 == 0:
                 steered.tick(loop.now)
             if number % 200_000 == 0:
