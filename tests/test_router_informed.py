@@ -571,6 +571,7 @@ def notice(random: Random, now: float, steered: Any, running: list[list[Any]]) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes of CPU
 def test_a_million_requests_leave_memory_as_it_was(table: Table) -> None:
     async def course() -> list[int]:
         steered, loop, sizes, process = steering(table), clock(), [], psutil.Process()
