@@ -4,7 +4,8 @@ A decision is kept with all its candidates' terms (the best `MOST_SHOWN` of them
 first token, how much was cached, and how it ended.
 
 Always true: at most `MOST` decisions are kept, whatever clients send; `total` counts those that fell out too. Of a
-request that is sent a second time, both decisions are kept, and what happens is the second's.
+request that is sent a second time, and of two whose clients gave them the same id, both decisions are kept, each is
+told its own, and the later one is found.
 """
 
 from collections import deque
@@ -34,6 +35,14 @@ class Made:
     cached: int | None = None  # tokens, as the engine says
     ended_at: float | None = None
     outcome: str = ""
+    tried: tuple[str, ...] = ()  # workers that failed it before this decision
+
+    def first_token(self, now: float) -> None:
+        self.first_at = now
+
+    def ended(self, now: float, outcome: str, cached: int | None = None) -> None:
+        """`outcome` in a word or two; `cached` tokens where the engine says them."""
+        self.ended_at, self.outcome, self.cached = now, outcome, cached
 
     @property
     def worker(self) -> str:
@@ -60,10 +69,10 @@ class Decisions:
     def __len__(self) -> int:
         return len(self._made)
 
-    def add(self, request: Request, choice: Choice, now: float) -> Made:
+    def add(self, request: Request, choice: Choice, now: float, tried: tuple[str, ...] = ()) -> Made:
         """The request goes to the first of the ranking."""
         ranked = choice.ranked[:MOST_SHOWN]
-        made = Made(request.id, now, request.tokens, choice.policy, ranked, len(choice.ranked))
+        made = Made(request.id, now, request.tokens, choice.policy, ranked, len(choice.ranked), tried=tried)
         self._made.append(made)
         self._of[request.id] = made
         self.total += 1
@@ -72,17 +81,6 @@ class Decisions:
             if self._of.get(oldest.request) is oldest:
                 del self._of[oldest.request]
         return made
-
-    def first_token(self, request: str, now: float) -> None:
-        made = self._of.get(request)
-        if made is not None and made.first_at is None:
-            made.first_at = now
-
-    def ended(self, request: str, now: float, outcome: str, cached: int | None = None) -> None:
-        """`outcome` in a word or two; `cached` tokens where the engine says them."""
-        made = self._of.get(request)
-        if made is not None:
-            made.ended_at, made.outcome, made.cached = now, outcome, cached
 
     def find(self, request: str) -> Made | None:
         """None: never seen, or too long ago."""

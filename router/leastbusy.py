@@ -2,12 +2,16 @@
 
 Knows nothing of prefixes. A worker that could not be reached, or died, rests for a moment that doubles each time.
 Who was sent to a worker before, and what does not generate, does not queue.
+
+A steering that knows more (kvd.router.informed) says who serves a model, and which of those that are free it takes:
+`_serving` and `_pick`. Whoever waits is asked about again when its turn has come, by what is known then.
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvd.router.queue import FairQueue
 from kvd.router.steering import Busy, Choice, Incoming, Outcome, Worker
@@ -18,7 +22,7 @@ _FAILURES: frozenset[Outcome] = frozenset({"unreachable", "refused", "no_answer"
 
 
 @dataclass(slots=True)
-class _Load:
+class Standing:
     """What is known of a worker."""
 
     worker: Worker
@@ -30,9 +34,19 @@ class _Load:
     rests_until: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """A request that wants a worker. `prompt`: what a steering that knows more has found out about it."""
+
+    request: Incoming
+    tried: frozenset[str]
+    model: str | None = None  # that it names; None: any worker will do
+    prompt: Any = None
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    request: Incoming
+    asked: Asked
     turn: asyncio.Future[Choice]
 
 
@@ -40,7 +54,7 @@ class LeastBusy:
     """Steering by the number of requests that workers have. Implements kvd.router.steering.Steering."""
 
     def __init__(self, workers: Sequence[Worker], most_each: int, most_waiting: int) -> None:
-        self._loads = {worker.name: _Load(worker) for worker in workers}
+        self._loads = {worker.name: Standing(worker) for worker in workers}
         self._most_each = most_each
         self._queue: FairQueue[_Waiting] = FairQueue(most_waiting)
         self._choices = 0
@@ -50,7 +64,7 @@ class LeastBusy:
 
     def join(self, worker: Worker, well: bool) -> None:
         """It may be chosen from now on. One that is there already drains no more."""
-        load = self._loads.setdefault(worker.name, _Load(worker, well))
+        load = self._loads.setdefault(worker.name, Standing(worker, well))
         load.drains = False
 
     def well(self, name: str, well: bool) -> None:
@@ -72,24 +86,32 @@ class LeastBusy:
         return load.requests if load is not None else 0
 
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
+        return await self._choose(Asked(request, tried))
+
+    async def _choose(self, asked: Asked) -> Choice:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        others = [load for load in self._loads.values() if load.worker.name not in tried and not load.drains]
+        others = [load for load in self._staying(asked.model) if load.worker.name not in asked.tried]
         awake = _awake(others, now)
-        if tried or not request.routed:
+        if asked.tried or not asked.request.routed:
             if not awake:
                 raise self._busy("no other worker can be reached", 1.0)
-            return self._take(awake, request)
-        if not self._queue and (free := [load for load in awake if load.requests < self._most_each]):
-            return self._take(free, request)
+            return self._take(awake, asked, now)
+        free = [load for load in awake if load.requests < self._most_each]
+        if free and not self._queue:
+            return self._take(free, asked, now)
         if not awake and all(load.failures >= _GONE_AFTER for load in others):
-            back = min((load.rests_until for load in others), default=now)
-            raise self._busy("no worker can be reached" if others else "there is no worker", max(1.0, back - now))
-        return await self._wait(_Waiting(request, loop.create_future()))
+            again = min((load.rests_until for load in others), default=now)
+            raise self._busy("no worker can be reached" if others else "there is no worker", max(1.0, again - now))
+        waiting = _Waiting(asked, loop.create_future())
+        return await self._wait(waiting, now, bool(free))
 
-    async def _wait(self, waiting: _Waiting) -> Choice:
-        request = waiting.request
+    async def _wait(self, waiting: _Waiting, now: float, free: bool) -> Choice:
+        """`free`: some worker would take it, and those who wait may be waiting for others."""
+        request = waiting.asked.request
         ticket = self._queue.push(waiting, request.tenant, request.weight, request.priority, request.deadline)
+        if free:
+            self._wake(now)
         if (loser := self._queue.surplus()) is not None:
             self._refuse(loser.item, "too many requests wait", bool(loser.tenant))
         try:
@@ -99,27 +121,47 @@ class LeastBusy:
                 self.finished(waiting.turn.result(), "cancelled", asyncio.get_running_loop().time())
             raise
 
-    def _load(self, choice: Choice) -> _Load | None:
+    def _standing(self, choice: Choice) -> Standing | None:
         """Of the worker that was chosen; None where it has left since, even if another has its name now."""
         load = self._loads.get(choice.worker.name)
         return load if load is not None and load.worker is choice.worker else None
 
-    def _take(self, among: Sequence[_Load], request: Incoming) -> Choice:
-        load = min(among, key=lambda load: (load.requests, load.chosen))
+    def _staying(self, model: str | None) -> list[Standing]:
+        """Who may be given new requests for that model, now or later."""
+        return [load for load in self._serving(model) if not load.drains]
+
+    def _serving(self, model: str | None) -> Sequence[Standing]:
+        """Who may be asked for that model."""
+        return list(self._loads.values())
+
+    def _pick(self, among: Sequence[Standing], asked: Asked, now: float) -> tuple[Standing, Any]:
+        """One of these, and the choice's note."""
+        return min(among, key=lambda load: (load.requests, load.chosen)), None
+
+    def _take(self, among: Sequence[Standing], asked: Asked, now: float) -> Choice:
+        load, note = self._pick(among, asked, now)
         self._choices += 1
         load.requests += 1
         load.chosen = self._choices
-        return Choice(request, load.worker)
+        return Choice(asked.request, load.worker, note)
 
     def _wake(self, now: float) -> None:
         while self._queue:
-            awake = _awake([one for one in self._loads.values() if not one.drains], now)
-            free = [one for one in awake if one.requests < self._most_each]
-            ticket = self._queue.pop(now) if free else None
+            free: dict[str | None, list[Standing]] = {}  # by model
+
+            def may(waiting: _Waiting, free: dict[str | None, list[Standing]] = free) -> bool:
+                model = waiting.asked.model
+                if model not in free:
+                    awake = _awake(self._staying(model), now)
+                    free[model] = [load for load in awake if load.requests < self._most_each]
+                return bool(free[model])
+
+            ticket = self._queue.pop(now, may)
             if ticket is None:
                 return
-            if not ticket.item.turn.done():
-                ticket.item.turn.set_result(self._take(free, ticket.item.request))
+            waiting = ticket.item
+            if not waiting.turn.done():
+                waiting.turn.set_result(self._take(free[waiting.asked.model], waiting.asked, now))
 
     def _refuse(self, waiting: _Waiting, why: str, own_share: bool = False) -> None:
         if not waiting.turn.done():
@@ -133,7 +175,7 @@ class LeastBusy:
         pass
 
     def first_byte(self, choice: Choice, status: int, now: float) -> None:
-        if (load := self._load(choice)) is not None:
+        if (load := self._standing(choice)) is not None:
             load.failures = 0
 
     def progressed(self, choice: Choice, received: bytes, now: float) -> None:
@@ -141,7 +183,7 @@ class LeastBusy:
 
     def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
         self._counts[outcome] += 1
-        if (load := self._load(choice)) is None:
+        if (load := self._standing(choice)) is None:
             return
         load.requests -= 1
         if outcome in _FAILURES:
@@ -160,7 +202,7 @@ class LeastBusy:
         return numbers | {f'outcomes_total{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}
 
 
-def _awake(loads: Sequence[_Load], now: float) -> list[_Load]:
+def _awake(loads: Sequence[Standing], now: float) -> list[Standing]:
     """Those that may be asked now: the well ones, if there are any."""
     awake = [load for load in loads if load.rests_until <= now]
     return [load for load in awake if load.well] or awake

@@ -12,6 +12,7 @@ import asyncio
 import gc
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -23,9 +24,9 @@ import uvloop
 from kvd import __version__, systemd
 from kvd.errors import KvdError, SettingsError
 from kvd.router.fleet.fleet import Fleet
-from kvd.router.leastbusy import LeastBusy
-from kvd.router.load import Load
+from kvd.router.informed import Informed
 from kvd.router.pages.told import Told
+from kvd.router.policies.named import POLICIES
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House
 from kvd.router.settings import RouterSettings, example, load_router_settings
@@ -77,23 +78,17 @@ async def serve(settings: RouterSettings, sock: socket.socket, ready: int | None
     loop.set_exception_handler(failed)
     workers = settings.read_workers()
     fleet = Fleet(workers.values(), settings.read_fleet())
-    steering = LeastBusy(list(workers.values()), settings.queue.each, settings.queue.waiting)
+    policy = POLICIES[settings.routing.policy](random.random, fleet.rates)
+    steering = Informed(list(workers.values()), settings.queue.each, settings.queue.waiting, fleet, policy)
     told = Told(
-        fleet,
-        lambda worker: Load(running=steering.running(worker)),
-        "least_busy",
-        settings.listen.processes,
-    )
+        fleet, lambda worker: steering.load.at(worker, loop.time()), settings.routing.policy,
+        settings.listen.processes, steering.decisions, steering.ledger,
+    )  # fmt: skip
     house = House(
-        workers,
-        steering,
-        settings.read_tenants(),
-        settings.read_limits(),
-        told,
-        settings.read_worker_key(),
+        workers, steering, settings.read_tenants(), settings.read_limits(), told, settings.read_worker_key(),
         fleet.describe,
-    )
-    fleet.attach(steering, house)
+    )  # fmt: skip
+    fleet.attach(steering, house, steering.load.reported)
     server = await loop.create_server(lambda: Client(house), sock=sock, backlog=_BACKLOG)
     gc.freeze()  # what lives as long as the process is not looked at again
     # From a block of this size that is freed glibc learns not to give memory back at once (mallopt(3), on

@@ -5,13 +5,16 @@ would not be seen to belong there. Prompts are computed in the order in which th
 up behind, what the others there bring is as good as cached. An entry lasts until its request's prefill is over and
 the events that tell of it have had time to come, or until the request ends.
 
+Of a chain only those blocks need be remembered that events have not told of at that worker: `match` goes on from
+there.
+
 Always true: at most `most` blocks are remembered per worker; the oldest are forgotten first.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Final
 
 EVENTS_S: Final = 2.0  # after the first token, by when events must have come
@@ -33,7 +36,7 @@ class Predicted:
         self._workers: dict[str, _Worker] = {}
 
     def sent(self, request: str, worker: str, chain: Sequence[int]) -> None:
-        """These blocks are going to be there."""
+        """These blocks are going to be there: of a prompt those that were not known to be."""
         there = self._workers.setdefault(worker, _Worker())
         self._drop(there, request)
         there.entries[request] = chain
@@ -59,14 +62,16 @@ class Predicted:
         """The worker has gone, or its cache was cleared."""
         self._workers.pop(worker, None)
 
-    def match(self, worker: str, chain: Sequence[int], now: float) -> int:
-        """How many leading blocks will be there."""
+    def match(self, worker: str, chain: Sequence[int], now: float, known: int = 0) -> int:
+        """How many leading blocks will be there; `known` of them are, by events."""
         there = self._workers.get(worker)
         if there is None:
-            return 0
+            return known
         self._expire(there, now)
         blocks = there.blocks
-        return sum(1 for _ in takewhile(blocks.__contains__, chain))
+        if len(chain) <= known or chain[known] not in blocks:
+            return known
+        return known + sum(1 for _ in takewhile(blocks.__contains__, islice(chain, known, None)))
 
     def _expire(self, there: _Worker, now: float) -> None:
         while there.ending and there.ending[0][0] <= now:

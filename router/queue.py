@@ -7,6 +7,7 @@ Always true: at most `most` wait; nobody is served after its deadline.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -68,12 +69,12 @@ class FairQueue(Generic[T]):
         self.remove(ticket := line.last)
         return ticket
 
-    def pop(self, now: float) -> Ticket[T] | None:
-        """Takes out who is next; None when nobody waits whose deadline is still to come."""
+    def pop(self, now: float, may: Callable[[T], bool] = lambda _: True) -> Ticket[T] | None:
+        """Takes out who is next of those that may; None when nobody does whose deadline is still to come."""
         for priority in sorted(self._levels, reverse=True):
             for line in sorted(self._levels[priority].waiting, key=lambda line: line.clock):
                 for ticket in line.tickets.values():
-                    if ticket.deadline > now:
+                    if ticket.deadline > now and may(ticket.item):
                         self._levels[priority].served(line)
                         self.remove(ticket)
                         return ticket

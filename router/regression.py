@@ -12,6 +12,7 @@ split between the parts as in the prior.
 
 from collections import deque
 from collections.abc import Sequence
+from operator import mul
 from statistics import median
 from typing import Final
 
@@ -54,7 +55,8 @@ class Regression:
 
     @staticmethod
     def _by(coefficients: Sequence[float], parts: Sequence[float]) -> float:
-        return sum(c * part for c, part in zip(coefficients, parts, strict=True))
+        seconds: float = sum(map(mul, coefficients, parts))
+        return seconds
 
     def _learn(self) -> None:
         level = median(seconds / self._by(self._prior, parts) for parts, seconds in self._seen)

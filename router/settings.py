@@ -16,6 +16,7 @@ from kvd.errors import SettingsError
 from kvd.places import replay_endpoint
 from kvd.router.fleet.fleet import Options
 from kvd.router.fleet.nodes import NodeAt
+from kvd.router.policies.named import Name
 from kvd.router.proxy.house import Limits
 from kvd.router.steering import Worker, worker_at
 from kvd.router.tenants import Tenants
@@ -69,6 +70,16 @@ class QueueSettings(BaseModel):
     waiting: int = Field(1024, ge=0, description="requests that may wait; then 503, or 429 for who has most waiting")
     seconds: float = Field(
         30.0, gt=0, description="how long a request waits at most; x-kvd-timeout-s may ask for less"
+    )
+
+
+class RoutingSettings(BaseModel):
+    """How a worker is chosen."""
+
+    model_config = _STRICT
+
+    policy: Name = Field(
+        "kvd", description="kvd: the least expected waiting; others, to compare with: router/policies"
     )
 
 
@@ -134,6 +145,7 @@ class RouterSettings(BaseSettings):
     listen: ListenSettings = ListenSettings()
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
+    routing: RoutingSettings = RoutingSettings()
     tenants: TenantSettings = TenantSettings()
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long a clean stop waits for answers in progress")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")

@@ -13,7 +13,8 @@ from kvd.router.fleet.fleet import Fleet, Options
 from kvd.router.fleet.members import MemberView
 from kvd.router.fleet.nodes import NodeAt
 from kvd.router.leastbusy import LeastBusy
-from kvd.router.load import Report
+from kvd.router.load import Load, Report
+from kvd.router.pages.told import Told
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House, Limits
 from kvd.router.steering import Choice, Incoming, Worker, worker_at
@@ -124,7 +125,9 @@ class Proxied(World):
     async def _open(self, workers: list[Worker], options: Options) -> None:
         self.fleet = Fleet(workers, options)
         self.steering = LeastBusy(workers, 8, 8)
-        self.house = House({worker.name: worker for worker in workers}, self.steering, Tenants([], b""), Limits())
+        told = Told(self.fleet, lambda name: Load(running=self.steering.running(name)), "least_busy")
+        named = {worker.name: worker for worker in workers}
+        self.house = House(named, self.steering, Tenants([], b""), Limits(), told)
         self.fleet.attach(self.steering, self.house)
         self._job = self._loop.create_task(self.fleet.run())
         self._server = await self._loop.create_server(lambda: Client(self.house), "127.0.0.1", 0)

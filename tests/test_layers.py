@@ -35,7 +35,8 @@ PURE = (
     "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
     "kvd.sglang_info", "kvd.router.fleet.told", "kvd.router.fleet.loads", "kvd.router.fleet.health",
     "kvd.router.fleet.members", "kvd.router.fleet.linking",
-    "kvd.router.policies.kvd", "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
+    "kvd.router.policies.kvd", "kvd.router.policies.named", "kvd.router.usage",
+    "kvd.router.decisions", "kvd.router.ledger", "kvd.router.seen",
     "kvd.router.pages.access", "kvd.router.pages.told", "kvd.router.pages.telling", "kvd.router.pages.replies",
     "kvd.router.pages.metrics", "kvd.ctl.router.summed", "kvd.ctl.router.figures",
 )  # fmt: skip

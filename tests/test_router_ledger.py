@@ -104,9 +104,9 @@ def test_the_last_blocks_are_always_seen_and_new_ones_hardly_ever() -> None:
 def test_a_decision_is_found_with_what_came_of_it() -> None:
     decisions = Decisions()
     choice = Choice("kvd", (scored("a", 0.5, 0.4, queue_s=0.1), scored("b", 0.9, 0.9, queue_s=0.5)))
-    decisions.add(request(), choice, now=10.0)
-    decisions.first_token("r1", 10.6)
-    decisions.ended("r1", 12.0, "done", cached=512)
+    added = decisions.add(request(), choice, now=10.0)
+    added.first_token(10.6)
+    added.ended(12.0, "done", cached=512)
     made = decisions.find("r1")
     assert made is not None
     assert (made.worker, made.predicted_ttft_s, made.cached, made.outcome) == ("a", 0.4, 512, "done")
@@ -145,13 +145,14 @@ def test_decisions_are_bounded_and_the_newest_come_first() -> None:
 
 def test_a_request_that_is_sent_again_keeps_both_decisions() -> None:
     decisions = Decisions(most=3)
-    for worker in ("a", "b"):
-        decisions.add(request(), Choice("kvd", (scored(worker, 1.0),)), 0.0)
-    decisions.first_token("r1", 1.0)
+    first = decisions.add(request(), Choice("kvd", (scored("a", 1.0),)), 0.0)
+    second = decisions.add(request(), Choice("kvd", (scored("b", 1.0),)), 0.0, ("a",))
+    second.first_token(1.0)
     found = decisions.find("r1")
-    assert found is not None
-    assert (found.worker, found.actual_ttft_s) == ("b", 1.0)
-    assert decisions.last(2)[1].actual_ttft_s is None
+    assert found is second
+    assert (found.worker, found.actual_ttft_s, found.tried) == ("b", 1.0, ("a",))
+    assert decisions.last(2) == [second, first]
+    assert first.actual_ttft_s is None
     for number in range(2):
         decisions.add(request(f"x{number}"), Choice("kvd", (scored("c", 1.0),)), 2.0)
     assert decisions.find("r1") is found  # the first of the two has fallen out

@@ -11,13 +11,12 @@ from kvd.router.decisions import MOST, MOST_SHOWN, Decisions
 from kvd.router.load import Load
 from kvd.router.pages import access, metrics, telling
 from kvd.router.pages.pages import PAGES
-from kvd.router.pages.told import Configured
 from kvd.router.policies.choice import Candidate, Choice, Matched, Scored
 from kvd.router.proxy.strict import Malformed, read
 from kvd.router.tenants import ANYBODY, Tenant, digest
 from kvd.router.work import Request, Work
 from tests.router_harness import MockWorker, Router, Served, ToldRouter, post
-from tests.told_router import A, B, C
+from tests.told_router import A, B, C, Row
 
 # -- over HTTP --------------------------------------------------------------------------------------------
 
@@ -273,7 +272,7 @@ def test_recent_figures_of_a_busy_router_are_of_what_it_still_remembers() -> Non
 def test_workers_are_told_by_name_with_their_load() -> None:
     loads = {"b": Load(Work(2, 100, 1.0), running=3)}
     first, second = telling.workers(
-        [Configured("b"), Configured("a", state="joining")], lambda name: loads.get(name, Load()), {"a": 4}, {}
+        [Row("b"), Row("a", state="joining")], lambda name: loads.get(name, Load()), {"a": 4}, {}
     )
     assert (first.name, first.state, first.connections, first.running) == ("a", "joining", 4, 0)
     assert (second.name, second.running, second.queued, second.queued_tokens) == ("b", 3, 2, 100)

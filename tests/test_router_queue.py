@@ -23,6 +23,17 @@ def test_one_tenant_is_served_in_order() -> None:
     assert queue.pop(0.0) is None
 
 
+def test_who_may_not_yet_keeps_its_place() -> None:
+    queue: FairQueue[int] = FairQueue(10)
+    fill(queue, "a", 3)
+    first = queue.pop(0.0, lambda item: item > 0)
+    assert first is not None
+    assert first.item == 1
+    assert queue.pop(0.0, lambda item: item > 5) is None
+    assert [ticket.item for _ in range(2) if (ticket := queue.pop(0.0))] == [0, 2]
+    assert queue.faults() == []
+
+
 def test_who_sends_a_thousand_waits_behind_itself() -> None:
     queue: FairQueue[int] = FairQueue(2000)
     fill(queue, "greedy", 1000)

@@ -30,6 +30,7 @@ WORKERS = "workers = ['http://127.0.0.1:30000']\n"
         (WORKERS + 2 * "[[nodes]]\nevents = 'tcp://a:1'\n", "twice"),
         ("join_announced = false\n[[nodes]]\nevents = 'tcp://a:1'", "at least one"),
         (WORKERS + "[listen]\nprocesses = 0", "listen.processes"),
+        (WORKERS + "[routing]\npolicy = 'best'", "routing.policy"),
         (WORKERS + "[limits]\nbody_bytes = 2000\nbodies_bytes = 1024", "bodies_bytes must"),
         ("= 5", "not TOML"),
     ],

@@ -1,10 +1,9 @@
 """What a router has to tell of itself: who knows it. The interface between the pages and the parts they show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvd.errors import Refused
 from kvd.router.decisions import Decisions
 from kvd.router.ledger import Ledger
 from kvd.router.load import Load
@@ -60,42 +59,3 @@ class Told:
     processes: int = 1
     decisions: Decisions = field(default_factory=Decisions)
     ledger: Ledger = field(default_factory=Ledger)
-
-
-@dataclass(frozen=True, slots=True)
-class Configured:
-    """A worker of whom no more is known than that it was configured."""
-
-    name: str
-    state: str = "serving"
-    model: str = ""
-    node: str = ""
-    credit: bool = False
-    why: str = "this router goes by load alone"
-    remedy: str = ""
-    health: str = ""
-    parity: str = "unknown"
-    origin: str = "configured"
-
-
-class ConfiguredFleet:
-    """The workers of the settings, for as long as the router runs."""
-
-    def __init__(self, workers: Mapping[str, object]) -> None:
-        self._members = [Configured(name) for name in workers]
-
-    def members(self) -> Sequence[Member]:
-        return self._members
-
-    def add(self, url: str) -> object:
-        raise self._fixed()
-
-    def drain(self, name: str) -> object:
-        raise self._fixed()
-
-    def remove(self, name: str) -> object:
-        raise self._fixed()
-
-    @staticmethod
-    def _fixed() -> Refused:
-        return Refused("this router's workers are fixed", "change `workers` in its settings and restart it")

@@ -1,9 +1,10 @@
 """What others do, as their sources define it, to compare with. Pure; chance arrives as an argument.
 
-`random`; `round_robin`; `cache_aware`: SGLang's router (sgl-model-gateway, policies/cache_aware.rs: cache_threshold
-0.3, balance_abs_threshold 64, balance_rel_threshold 1.5, max_tree_size 2^26 characters); `dynamo`: NVIDIA Dynamo 1.3
-to 1.6 (lib/kv-router, scheduling/selector/default.rs, its defaults); `lmetric`: LMetric (arXiv 2603.15202), new
-prefill tokens times batch size, one added to each so that an idle worker's zero does not hide the other.
+`random`; `round_robin`; `least_busy`, the fewest requests; `cache_aware`: SGLang's router (sgl-model-gateway,
+policies/cache_aware.rs: cache_threshold 0.3, balance_abs_threshold 64, balance_rel_threshold 1.5, max_tree_size 2^26
+characters); `dynamo`: NVIDIA Dynamo 1.3 to 1.6 (lib/kv-router, scheduling/selector/default.rs, its defaults);
+`lmetric`: LMetric (arXiv 2603.15202), new prefill tokens times batch size, one added to each so that an idle worker's
+zero does not hide the other.
 """
 
 from collections import OrderedDict
@@ -42,6 +43,30 @@ class RoundRobin:
             lambda each: (each.candidate.worker <= last, each.candidate.worker),
         )
         self._last = choice.worker
+        return choice
+
+
+class LeastBusy:
+    """The fewest requests in flight; of equals the one that got something longest ago."""
+
+    name = "least_busy"
+    MOST = 1024  # workers that are remembered
+
+    def __init__(self) -> None:
+        self._choices = 0
+        self._chosen: dict[str, int] = {}  # when each was chosen last, in choices
+
+    def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
+        choice = by_cost(
+            self.name,
+            [Scored(each, float(each.load.requests), {"in flight": each.load.requests}) for each in candidates],
+            lambda each: self._chosen.get(each.candidate.worker, 0),
+        )
+        self._choices += 1
+        self._chosen.pop(choice.worker, None)
+        self._chosen[choice.worker] = self._choices
+        if len(self._chosen) > self.MOST:
+            del self._chosen[next(iter(self._chosen))]
         return choice
 
 

@@ -6,6 +6,7 @@ what it was told is the caller's, and what becomes of the request it is not told
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from kvd.router.load import Load
@@ -32,8 +33,7 @@ class Candidate(NamedTuple):
     load: Load
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(NamedTuple):
     """A candidate's cost, the less the better, and what it is made of: names and figures to show to people.
 
     `ttft_s`: when the first token is expected, if the policy knows; then cost and terms are seconds too.
@@ -71,6 +71,11 @@ class Policy(Protocol):
         ...
 
 
+_cost = attrgetter("cost")
+
+
 def by_cost(policy: str, scored: Sequence[Scored], tie: Callable[[Scored], object]) -> Choice:
-    """The least cost first; among equals what `tie` puts first."""
+    """The least cost first; among equals what `tie` puts first. It is asked only where there are any."""
+    if len({each.cost for each in scored}) == len(scored):
+        return Choice(policy, tuple(sorted(scored, key=_cost)))
     return Choice(policy, tuple(sorted(scored, key=lambda each: (each.cost, tie(each)))))

@@ -16,42 +16,49 @@ from kvd.router.rates import Rates
 from kvd.router.work import Request
 
 _MEMORY_S: Final = 30.0  # how long arrivals count
+_NONE: Final = 0.0, 0.0
 _FULL: Final = 0.95  # workers that get more than they can do catch up some day
+_FORGOTTEN: Final = 1e-4  # of an arrival
 
 
 class Kvd:
-    """`rates` gives what is known of a worker. Remembers recent arrivals of the workers it was last asked about."""
+    """`rates` gives what is known of a worker. Remembers what came to each lately, and that is forgotten by itself."""
 
     name = "kvd"
 
     def __init__(self, rates: Callable[[str], Rates]) -> None:
         self._rates = rates
-        self._arrivals: dict[str, float] = {}  # recent ones by worker, counted less the older they are
-        self._work_s = 0.0  # of all workers
+        self._recent: dict[str, tuple[float, float]] = {}  # arrivals and seconds of work, less the older they are
         self._at = 0.0
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
-        self._fade(candidates, now)
-        load = min(_FULL, self._work_s / _MEMORY_S / len(candidates))
+        self._fade(now)
+        work_s = sum(self._recent.get(each.worker, _NONE)[1] for each in candidates)
+        load = min(_FULL, work_s / _MEMORY_S / len(candidates))
         choice = by_cost(
             self.name,
             [self._score(request, each, load) for each in candidates],
             lambda each: (-(each.candidate.load.free_tokens or 0), -_draw(request, each.candidate.worker)),
         )
-        self._arrivals[choice.worker] += 1.0
-        self._work_s += choice.winner.terms["load_s"] + choice.winner.terms["compute_s"]
+        terms = choice.winner.terms
+        arrivals, work_s = self._recent.get(choice.worker, _NONE)
+        self._recent[choice.worker] = arrivals + 1.0, work_s + terms["load_s"] + terms["compute_s"]
         return choice
 
     def _score(self, request: Request, each: Candidate, load: float) -> Scored:
-        busy = Busy((self._arrivals[each.worker] + 1.0) / _MEMORY_S, load)  # this one included
+        arrivals = self._recent.get(each.worker, _NONE)[0] + 1.0  # this one included
+        busy = Busy(arrivals / _MEMORY_S, load)
         terms = cost(request.tokens, each.matched, each.load, self._rates(each.worker), busy)
         return Scored(each, sum(terms), terms._asdict(), terms.ttft_s)
 
-    def _fade(self, candidates: Sequence[Candidate], now: float) -> None:
+    def _fade(self, now: float) -> None:
         fading = exp(min(0.0, self._at - now) / _MEMORY_S)
         self._at = now
-        self._work_s *= fading
-        self._arrivals = {each.worker: self._arrivals.get(each.worker, 0.0) * fading for each in candidates}
+        self._recent = {
+            worker: (arrivals * fading, work_s * fading)
+            for worker, (arrivals, work_s) in self._recent.items()
+            if arrivals > _FORGOTTEN
+        }
 
 
 def _draw(request: Request, worker: str) -> int:

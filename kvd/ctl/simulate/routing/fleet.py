@@ -6,7 +6,7 @@ Arrivals, steps of workers and events happen in the order of their times. The ro
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,9 +16,8 @@ from kvd.ctl.simulate.routing.worker import Changes, Job, Worker
 from kvd.ctl.simulate.traces import Prompt
 from kvd.router.index import Index
 from kvd.router.load import ActiveLoad, Report
-from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
+from kvd.router.policies import named
 from kvd.router.policies.choice import Candidate, Draw, Matched, Policy
-from kvd.router.policies.kvd import Kvd
 from kvd.router.predicted import Predicted
 from kvd.router.rates import Rates
 from kvd.router.work import Request
@@ -26,14 +25,7 @@ from kvd.router.work import Request
 EVENT_LAG_S: Final = 0.02
 REPORT_EVERY_S: Final = 1.0
 
-POLICIES: Final[Mapping[str, Callable[[Draw, Rates], Policy]]] = {
-    "kvd": lambda draw, rates: Kvd(lambda worker: rates),
-    "lmetric": lambda draw, rates: Lmetric(draw),
-    "dynamo": lambda draw, rates: Dynamo(draw),
-    "cache_aware": lambda draw, rates: CacheAware(),
-    "round_robin": lambda draw, rates: RoundRobin(),
-    "random": lambda draw, rates: Random(draw),
-}
+POLICIES: Final = {name: made for name, made in named.POLICIES.items() if name != "least_busy"}  # what others publish
 
 
 @dataclass(slots=True)
@@ -61,7 +53,7 @@ class Fleet:
     def __post_init__(self) -> None:
         self.members = [Worker(self.engine, self.block_tokens, self.intervals) for _ in range(self.workers)]
         self._names = [f"worker{number}" for number in range(self.workers)]
-        self._policy = POLICIES[self.policy](self.draw, self._rates)
+        self._policy = POLICIES[self.policy](self.draw, lambda worker: self._rates)
         self._index = Index(2 * self.workers * (self.engine.kv_tokens // self.block_tokens + 1))  # events come late
 
     def replay(self, prompts: Sequence[Prompt], scale: float = 1.0) -> None:

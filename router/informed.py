@@ -1,0 +1,246 @@
+"""Steering by knowledge: each request goes where its policy says, by what is known of prefixes, load and speed.
+
+    choose    tokens (kvd.router.prompts) ── what is where: events, and what is on its way ── policy ── decision
+    notices   the answer's bytes (kvd.router.usage) ── load, predicted blocks, rates, ledger, decision
+
+A request counts where it goes from the moment it is chosen: its siblings come before it is sent. One that waits in the
+queue keeps its tokens, and is matched and scored anew when a worker is free.
+
+When a prompt has been computed is seen in a stream. Any other answer comes when all is over, so its prompt leaves the
+load when that was to be expected, and nothing is learnt from it.
+
+Always true: what a choice put into load, predicted blocks and ledger is taken out at `finished`; whatever fails in
+here, the request still goes to some worker. Everything that is remembered is bounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvd.router.decisions import Decisions, Made
+from kvd.router.knowledge import Knowledge
+from kvd.router.leastbusy import Asked, LeastBusy, Standing
+from kvd.router.ledger import Ledger
+from kvd.router.load import ActiveLoad
+from kvd.router.policies.choice import Candidate, Matched, Policy
+from kvd.router.predicted import Predicted
+from kvd.router.prompts import Prompt, Prompts
+from kvd.router.rates import Rates
+from kvd.router.seen import Seen
+from kvd.router.steering import Choice, Incoming, Outcome, Worker
+from kvd.router.usage import Usage
+from kvd.router.work import Request, Work
+
+_NOTHING = Matched()
+_LEARN_S = 1.0  # a worker's speed is learnt from its requests no more often: learning takes a millisecond
+
+
+@dataclass(slots=True, eq=False)
+class Life:
+    """One request at one worker: the note of its choice."""
+
+    id: str  # the router's own: clients may give one of theirs twice
+    worker: str
+    prompt: Prompt
+    chain: Sequence[int]  # as this worker names its blocks
+    block_tokens: int
+    matched: Matched
+    best: int  # leading tokens, where there are most
+    made: Made
+    usage: Usage
+    rates: Rates
+    expected_s: float  # until its prompt is computed
+    again: bool  # another worker was asked before
+    status: int = 0
+    expected_at: float = 0.0
+    first_at: float | None = None
+
+
+class Informed(LeastBusy):
+    """Implements kvd.router.steering.Steering."""
+
+    def __init__(
+        self, workers: Sequence[Worker], most_each: int, most_waiting: int, knowledge: Knowledge, policy: Policy
+    ) -> None:
+        super().__init__(workers, most_each, most_waiting)
+        self.policy = policy
+        self.load = ActiveLoad()
+        self.predicted = Predicted()
+        self.decisions = Decisions()
+        self.ledger = Ledger()
+        self.prompts = Prompts(knowledge)
+        self._knowledge = knowledge
+        self._seen = Seen()
+        self._unheard: dict[str, Life] = {}  # whose first token we shall not see
+        self._learnt: dict[tuple[str, str], float] = {}  # worker and what -> when
+        self._number = 0
+
+    def leave(self, name: str) -> None:
+        super().leave(name)
+        self.load.forget(name)
+        self.predicted.forget(name)
+        for what in ("prefill", "decode"):
+            self._learnt.pop((name, what), None)
+
+    # -- the choice ---------------------------------------------------------------------------------------
+
+    async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
+        if not request.routed:
+            return await super().choose(request, tried)
+        prompt = await self.prompts.of(request, list(self._loads))
+        return await self._choose(Asked(request, tried, prompt.model, prompt))
+
+    def _serving(self, model: str | None) -> Sequence[Standing]:
+        """Whoever has that model; all where nobody has, so that the client hears it from a worker."""
+        serves, loads = self._knowledge.serves, self._loads
+        return [load for name, load in loads.items() if serves(name, model)] or list(loads.values())
+
+    def _pick(self, among: Sequence[Standing], asked: Asked, now: float) -> tuple[Standing, Any]:
+        if asked.prompt is None:
+            return super()._pick(among, asked, now)
+        try:
+            life = self._steered(among, asked, now)
+        except Exception as error:
+            self.prompts.failed(error)
+            return super()._pick(among, asked, now)
+        return self._loads[life.worker], life
+
+    def _steered(self, among: Sequence[Standing], asked: Asked, now: float) -> Life:
+        prompt: Prompt = asked.prompt
+        held = self._knowledge.matched(prompt.chains, prompt.tokens) if prompt.chains else {}
+        candidates = [self._candidate(load.worker.name, prompt, held.get(load.worker.name), now) for load in among]
+        request = Request(asked.request.request_id, prompt.tokens, prompt.chain, prompt.block_tokens)
+        choice = self.policy.choose(request, candidates, now)
+        worker, matched, load = choice.winner.candidate
+        made = self.decisions.add(request, choice, now, tuple(asked.tried))
+        chain, block_tokens = self._chain(worker, prompt)
+        cached = max(matched)
+        best = max(cached, max(map(max, held.values()), default=0))
+        rates = self._knowledge.rates(worker)
+        expected_s = rates.prefill_s(load.queued.plus(Work.of(prompt.tokens, cached)))
+        self._number += 1
+        life = Life(
+            str(self._number), worker, prompt, chain, block_tokens, matched, best, made,
+            Usage(asked.request.path), rates, expected_s, bool(asked.tried),
+        )  # fmt: skip
+        self.load.sent(life.id, worker, prompt.tokens, cached, now)
+        if chain:
+            self.predicted.sent(life.id, worker, chain[matched.gpu // block_tokens :])
+        return life
+
+    def _candidate(self, worker: str, prompt: Prompt, has: Matched | None, now: float) -> Candidate:
+        matched = has or _NOTHING
+        chain, block_tokens = self._chain(worker, prompt)
+        if chain:
+            known = matched.gpu // block_tokens
+            expected = self.predicted.match(worker, chain, now, known)
+            if expected > known:
+                matched = matched._replace(expected=min(expected * block_tokens, prompt.tokens))
+        return Candidate(worker, matched, self.load.at(worker, now))
+
+    def _chain(self, worker: str, prompt: Prompt) -> tuple[Sequence[int], int]:
+        """The prompt's blocks as this worker names them; none where it has no credit."""
+        manner = self._knowledge.manner(worker) if prompt.chains else None
+        return (prompt.chains.get(manner, ()), manner.scheme.page_tokens) if manner is not None else ((), 1)
+
+    # -- what becomes of it -------------------------------------------------------------------------------
+
+    def sent(self, choice: Choice, now: float) -> None:
+        life: Life | None = choice.note
+        if life is None:
+            return
+        if not life.prompt.stream:
+            life.expected_at = now + life.expected_s
+            self._unheard[life.id] = life
+        if life.prompt.exact and not life.again:  # who asks again would find itself among those who asked before
+            seen = self._seen.leading(life.chain) * life.block_tokens
+            self._seen.note(life.chain)
+            self.ledger.sent(life.id, seen, life.best, life.matched)
+
+    def first_byte(self, choice: Choice, status: int, now: float) -> None:
+        super().first_byte(choice, status, now)
+        if choice.note is not None:
+            choice.note.status = status
+
+    def progressed(self, choice: Choice, received: bytes, now: float) -> None:
+        life: Life | None = choice.note
+        if life is None or not received:
+            return
+        events = life.usage.heard(received)
+        if not life.prompt.stream or life.status != 200:
+            return
+        if life.first_at is None and life.usage.began:
+            self._first_token(life, now)
+        if events:
+            self.load.progressed(life.id, events)
+
+    def _first_token(self, life: Life, now: float) -> None:
+        life.first_at = now
+        life.made.first_token(now)
+        self.predicted.prefilled(life.id, life.worker, now)
+        served = self.load.first_token(life.id, now, life.usage.cached)
+        if served is not None and life.prompt.exact and self._due(life.worker, "prefill", now):
+            life.rates.prefilled(*served)
+
+    def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
+        if choice.note is not None:
+            try:
+                self._ended(choice.note, outcome, now)
+            except Exception as error:
+                self.prompts.failed(error)
+        super().finished(choice, outcome, now)
+
+    def _ended(self, life: Life, outcome: Outcome, now: float) -> None:
+        usage = life.usage
+        answered = outcome == "answered" and life.status == 200
+        if answered:
+            self._learn(life, now)
+        self.load.finished(life.id, now)
+        self._unheard.pop(life.id, None)
+        if life.first_at is None:
+            if answered:  # events that tell of its blocks are on their way
+                self.predicted.prefilled(life.id, life.worker, now)
+            else:
+                self.predicted.ended(life.id, life.worker)
+        if answered and usage.cached is not None:
+            self.ledger.answered(life.id, life.prompt.tokens, usage.cached, self._still(life, usage.cached))
+        else:
+            self.ledger.dropped(life.id)
+        said = f"status {life.status}" if outcome == "answered" and not answered else outcome
+        life.made.ended(now, said, usage.cached)
+
+    def _learn(self, life: Life, now: float) -> None:
+        tokens = life.usage.tokens
+        if not life.prompt.single or tokens is None:
+            return
+        life.rates.answered(tokens)
+        if life.first_at is not None and tokens > 1 and self._due(life.worker, "decode", now):
+            load = self.load.at(life.worker, now)
+            life.rates.decoded(load.running, load.context_tokens, (now - life.first_at) / (tokens - 1))
+
+    def _due(self, worker: str, what: str, now: float) -> bool:
+        """Whether to learn from this one."""
+        if now - self._learnt.get((worker, what), -_LEARN_S) < _LEARN_S:
+            return False
+        self._learnt[worker, what] = now
+        return True
+
+    def _still(self, life: Life, cached: int) -> int:
+        """What its worker's GPU has of it now, where that makes a difference to the ledger."""
+        if max(life.matched.gpu, life.matched.expected) <= cached:
+            return 0
+        held = self._knowledge.matched(life.prompt.chains, life.prompt.tokens)
+        return held.get(life.worker, _NOTHING).gpu
+
+    def tick(self, now: float) -> None:
+        for life in [life for life in self._unheard.values() if life.expected_at <= now]:
+            del self._unheard[life.id]
+            self.load.first_token(life.id, now)  # what was served by then is a guess: nothing is learnt from it
+        super().tick(now)
+
+    # -- numbers ------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, float]:
+        """What the pages do not say: see kvd.router.pages.metrics for decisions, ledger and load."""
+        prompts = {f'prompts_total{{tokens="{why}"}}': count for why, count in self.prompts.counts.items()}
+        return super().describe() | prompts | {"in_flight": len(self.load)}

@@ -1,0 +1,145 @@
+"""What a request is, before a worker is chosen: its model, its length, the blocks it would use at each kind of worker.
+
+Tokens are made as every kind of worker makes them that serves its model: normally there is one kind. Long ones are
+made in a thread. Whatever goes wrong there costs the request its prefix credit and nothing else; it is counted, and
+said once of each kind.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvd.router.knowledge import Knowledge, Manner
+from kvd.router.steering import Incoming
+from kvd.router.tokens.outcome import Why
+from kvd.router.tokens.requests import Tokenised, Tokeniser
+
+log = logging.getLogger("kvd.router")
+BYTES_PER_TOKEN: Final = 4  # of a body whose tokens are not known
+MOST_MEDIA_TOKENS: Final = 4096  # of one with media: a megabyte of image is a thousand or two
+_AT_ONCE_BYTES: Final = 128 << 10  # bodies; rendering and hashing what is longer takes milliseconds
+NO_MANNER: Final = "no credit"  # beside `Why`: there is no worker whose tokens could be made
+FAILED: Final = "failed"
+_MOST_KINDS: Final = 32
+_MOST_THREADS: Final = 2
+
+_Made = tuple[dict[Manner, list[Tokenised]], dict[Manner, Sequence[int]]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One request. A batch is as long as all its prompts, and has the blocks of the first.
+
+    `chains`: block hashes by kind of worker. `exact`: one prompt, and its tokens are known.
+    """
+
+    model: str | None
+    stream: bool
+    tokens: int
+    exact: bool
+    single: bool  # there is one answer
+    chains: Mapping[Manner, Sequence[int]]
+    chain: Sequence[int] = ()  # one of them
+    block_tokens: int = 1
+
+
+class Prompts:
+    """`counts`: requests by what became of their tokens, "tokens" or why there are none."""
+
+    def __init__(self, knowledge: Knowledge) -> None:
+        self._knowledge = knowledge
+        self.counts: Counter[str] = Counter()
+        self._said: set[str] = set()
+        self._threads = asyncio.Semaphore(_MOST_THREADS)
+
+    async def of(self, request: Incoming, workers: Sequence[str]) -> Prompt:
+        """Never raises for what is in the request; may be cancelled."""
+        body = request.json
+        told: dict[str, Any] = body if isinstance(body, dict) else {}
+        named = told.get("model")
+        model = named if isinstance(named, str) else None
+        made: dict[Manner, list[Tokenised]] = {}
+        chains: dict[Manner, Sequence[int]] = {}
+        try:
+            manners = self._manners(workers, model)
+            if not manners:
+                self.counts[NO_MANNER] += 1
+            elif len(request.body) > _AT_ONCE_BYTES:
+                made, chains = await self._in_thread(manners, request.path, body)
+            else:
+                made, chains = await _made_soon(manners, request.path, body)
+        except Exception as error:
+            self.failed(error)
+        stream, single = told.get("stream") is True, _single(told)
+        known = next((manner for manner, each in made.items() if all(one.ids is not None for one in each)), None)
+        if known is None:
+            return Prompt(model, stream, self._guess(request.body, made), False, single, {})
+        self.counts["tokens"] += 1
+        prompts = made[known]
+        tokens, exact = sum(len(each.ids or ()) for each in prompts), len(prompts) == 1
+        page_tokens = known.scheme.page_tokens
+        return Prompt(model, stream, tokens, exact, single and exact, chains, chains[known], page_tokens)
+
+    def _guess(self, body: bytes, made: Mapping[Manner, list[Tokenised]]) -> int:
+        """How long a prompt may be that has no tokens; counts why."""
+        reason = next((one.reason for each in made.values() for one in each if one.reason is not None), None)
+        if reason is not None:
+            self.counts[reason] += 1
+        tokens = len(body) // BYTES_PER_TOKEN + 1
+        return min(tokens, MOST_MEDIA_TOKENS) if reason == Why.MULTIMODAL else tokens
+
+    def failed(self, error: Exception) -> None:
+        """Counted, and said once of each kind."""
+        self.counts[FAILED] += 1
+        kind = type(error).__name__
+        if kind not in self._said and len(self._said) < _MOST_KINDS:
+            self._said.add(kind)
+            log.exception(
+                "steering failed at a request, which is served all the same; the next %s is only counted",
+                kind,
+                exc_info=error,
+            )
+
+    async def _in_thread(self, manners: list[Manner], path: str, body: Any) -> _Made:
+        """A thread goes on when nobody wants its answer any more, so the next one waits until it is done."""
+        await self._threads.acquire()
+        work = asyncio.get_running_loop().run_in_executor(None, _made, manners, path, body)
+        work.add_done_callback(lambda _: self._threads.release())
+        return await asyncio.shield(work)
+
+    def _manners(self, workers: Sequence[str], model: str | None) -> list[Manner]:
+        known = self._knowledge
+        serving = [worker for worker in workers if known.serves(worker, model)] or workers
+        return list(dict.fromkeys(manner for worker in serving if (manner := known.manner(worker)) is not None))
+
+
+def _single(body: Mapping[str, Any]) -> bool:
+    """Whether one answer is asked for."""
+    sampling = body.get("sampling_params")
+    return body.get("n", 1) in (1, None) and not (isinstance(sampling, dict) and sampling.get("n", 1) not in (1, None))
+
+
+def _made(manners: Iterable[Manner], path: str, body: Any) -> _Made:
+    """Tokens of every prompt, made once by those who make them alike, and the chains."""
+    done: dict[Tokeniser, list[Tokenised]] = {}
+    for manner in manners:
+        if manner.tokeniser not in done:
+            done[manner.tokeniser] = manner.tokeniser.tokenise(path, body)
+    made = {manner: done[manner.tokeniser] for manner in manners}
+    return made, _chains(made)
+
+
+async def _made_soon(manners: Iterable[Manner], path: str, body: Any) -> _Made:
+    done: dict[Tokeniser, list[Tokenised]] = {}
+    for manner in manners:
+        if manner.tokeniser not in done:
+            done[manner.tokeniser] = await manner.tokeniser.tokenise_soon(path, body)
+    made = {manner: done[manner.tokeniser] for manner in manners}
+    return made, _chains(made)
+
+
+def _chains(made: Mapping[Manner, list[Tokenised]]) -> dict[Manner, Sequence[int]]:
+    return {manner: manner.tokeniser.hashes(prompts[0], manner.scheme) for manner, prompts in made.items()}
