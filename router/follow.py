@@ -62,7 +62,6 @@ class Follow:
         self._answers = Pump(socket, self._answered)
 
     def _published(self, frames: list[bytes]) -> None:
-        self._breaks.drain()
         try:
             message = read_frames(frames)
             if message is not None:
