@@ -281,6 +281,10 @@ def chained_events(random: Random) -> Iterator[AnyEvent]:
             path = random.choice(PATHS)
             first = random.randrange(len(path)) if random.random() < 0.5 else 0
             yield stored(path[first : first + random.randint(1, 5)], path[first - 1] if first else None, medium)
+        elif what < 0.8:
+            path = random.choice(PATHS)
+            first = random.randrange(len(path))
+            yield removed(path[first : first + random.randint(1, 5)], medium)
         elif what < 0.95:
             yield removed(random.sample(BLOCKS, random.randint(1, 4)), medium)
         else:
