@@ -12,7 +12,7 @@ from kvd import wire
 from kvd.errors import PeerError
 from kvd.pump import Pump
 from kvd.router.view import Ask, View
-from kvd.sglang_events import MAX_BATCH_BYTES, decode, read_frames, seq_frame
+from kvd.sglang_events import MAX_BATCH_BYTES, decode_changes, read_frames, seq_frame
 
 log = logging.getLogger("kvd.router")
 
@@ -62,11 +62,10 @@ class Follow:
         self._answers = Pump(socket, self._answered)
 
     def _published(self, frames: list[bytes]) -> None:
-        self._breaks.drain()
         try:
             message = read_frames(frames)
             if message is not None:
-                self.view.batch(message[0], decode(message[1]), self._now)
+                self.view.batch(message[0], decode_changes(message[1]), self._now)
         except PeerError as error:
             self._blame(error)
 
@@ -75,7 +74,7 @@ class Follow:
             if len(frames) == _PART_FRAMES:
                 self.view.part(wire.decode_from_stream(frames[1]), self._now)
             elif (message := read_frames(frames)) is not None:
-                self.view.batch(message[0], decode(message[1]), self._now)
+                self.view.batch(message[0], decode_changes(message[1]), self._now)
             else:
                 self._end_answers()
                 self.view.replay_ended(self._now)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from kvd.router.holders import Holders
 from kvd.router.marking import give, take
-from kvd.router.runs import Runs
+from kvd.router.runs import LOW, Runs
 
 _SWEPT_PER_STORE = 64  # besides two for each block stored, so that a sweep ends before as much again can come
 _CLEARS_PER_SWEEP = 64  # a sweep is over after twice as many, or so many bits would wait for one as holders leave
@@ -114,7 +114,7 @@ class Index:
         at, total = 0, len(chain) if live else 0
         while at < total:
             block = chain[at]
-            run = shards[block & 255].get(block >> 8)
+            run = shards[block >> 56].get(block & LOW)
             if run is None:
                 break
             here = live & masks[run]

@@ -3,8 +3,8 @@
 A tree: a run's parent is the run whose last block comes before its first. Holders are bits of a run's mask, so what
 a thousand blocks share is written once, and a run tells how deep its blocks are without asking each of them.
 
-    shards      hash & 255 -> {hash >> 8: run}     lossless; keys this short take 32 bytes instead of 48, and a dict
-                                                   that grows or is compacted stops the program for 1/256 of the time
+    shards      hash >> 56 -> {hash & LOW: run}    lossless; a dict that grows or is compacted stops the program for
+                                                   1/256 of the time
     columns     one entry a run: blocks, masks, parents, kids, last
 
 Run numbers, not objects, are the values: a dict of plain integers is nothing to the garbage collector.
@@ -18,7 +18,8 @@ from array import array
 from collections.abc import Sequence
 
 ROOT, UNKNOWN, FREE = -1, -2, -3  # parents that are no runs: nothing comes before; not yet known; not in use
-_SHARDS = 256
+LOW = (1 << 60) - 1  # 60 bits take 32 bytes instead of 48. Shifted down they do not: room is made before the shift
+_SHARDS = 256  # found by the upper 8 bits, of which a negative number's count from the end
 _EMPTY = array("q")
 
 
@@ -41,7 +42,7 @@ class Runs:
 
     def get(self, block: int) -> int | None:
         """The run that has this block."""
-        return self.shards[block & 255].get(block >> 8)
+        return self.shards[block >> 56].get(block & LOW)
 
     def used(self) -> int:
         """How many runs there are."""
@@ -102,8 +103,8 @@ class Runs:
         shards = self.shards
         added = 0
         for block in blocks:
-            shard = shards[block & 255]
-            key = block >> 8
+            shard = shards[block >> 56]
+            key = block & LOW
             if key in shard:
                 break
             shard[key] = run
@@ -122,7 +123,7 @@ class Runs:
         keep = len(blocks) - count
         shards = self.shards
         for block in blocks[keep:]:
-            del shards[block & 255][block >> 8]
+            del shards[block >> 56][block & LOW]
         del blocks[keep:]
         self.count -= count
         if not keep:
@@ -223,12 +224,12 @@ class Runs:
     def _number(self, run: int) -> int:
         """The integer that its blocks have already: one object for all of them, where any other would be 32 bytes."""
         block = self.blocks[run][0]
-        return self.shards[block & 255][block >> 8]
+        return self.shards[block >> 56][block & LOW]
 
     def _renumber(self, blocks: Sequence[int], run: int) -> None:
         shards = self.shards
         for block in blocks:
-            shards[block & 255][block >> 8] = run
+            shards[block >> 56][block & LOW] = run
 
     def _release(self, run: int) -> None:
         self.blocks[run], self.masks[run], self.kids[run] = _EMPTY, 0, 0

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from kvd import wire
 from kvd.errors import PeerError
 from kvd.router.numbering import Numbering, Place
-from kvd.sglang_events import GPU, NO_TOKENS, Batch, Cleared, Removed, Stored
+from kvd.sglang_events import GPU, Changes, Cleared, Removed
 
 SILENT_S = 5.0  # the node says something every second
 ASK_AGAIN_S = 3.0
@@ -67,7 +67,7 @@ class View:
         self._index = index
         self._holders = holders
         self._numbers: dict[Identity, dict[str, int]] = {}  # of the holders, by medium
-        self._early: dict[int, Batch] = {}
+        self._early: dict[int, Changes] = {}
         self._parts: list[wire.SnapshotPart] = []
         self._state = _Snapshot.NEEDED
         self._asked_at = self._heard_at = -1e9
@@ -104,7 +104,7 @@ class View:
         """The connection broke: not exact until the node is heard again."""
         self._heard_at = -1e9
 
-    def batch(self, seq: int, batch: Batch, now: float) -> None:
+    def batch(self, seq: int, batch: Changes, now: float) -> None:
         """A batch, published or repeated. Raises PeerError where it is not of a node's stream."""
         head = batch.events[0].kvd if batch.events else None
         if head is None:
@@ -117,9 +117,6 @@ class View:
             self._early.clear()
             self._start_over()
         if seq > self.seq and len(self._early) < _MOST_EARLY:
-            for event in batch.events:
-                if isinstance(event, Stored):
-                    event.token_ids = NO_TOKENS  # they would keep the whole message in memory
             self._early[seq] = batch
         self._go_on()
 
@@ -196,7 +193,7 @@ class View:
         except ValueError as error:
             raise PeerError(f"a run of hashes: {error}") from error
 
-    def _apply(self, batch: Batch) -> None:
+    def _apply(self, batch: Changes) -> None:
         head = batch.events[0].kvd
         assert head is not None, "looked at when it came"
         identity = self._meet(head.source, head.why)

@@ -1,8 +1,11 @@
 """The router's index: what it says of holders is what they said, whatever order that came in; and it is bounded."""
 
 import tracemalloc
+from collections import deque
 from collections.abc import Sequence
+from random import Random
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -185,6 +188,36 @@ def test_memory_comes_back_and_bits_are_used_again_when_holders_come_and_go() ->
     assert index._holders.live.bit_length() < 300
     assert swept(index).stats().blocks == 80
     assert index.stats().holders == 3
+
+
+@pytest.mark.slow
+def test_memory_is_flat_while_ten_million_blocks_come_and_go() -> None:
+    random, process = Random(1), psutil.Process()
+    index = Index(400_000)
+    chains: deque[tuple[list[int], list[int]]] = deque()  # and who has it
+    stored = settled = most = 0
+    while stored < 10_000_000:
+        chain = [random.getrandbits(64) - (1 << 63) for _ in range(random.choice((1, 7, 32, 512)))]
+        holders = random.sample(range(64), random.choice((1, 1, 2)))
+        for holder in holders:
+            for at in range(0, len(chain), 32):
+                assert index.store(holder, chain[at - 1] if at else None, chain[at : at + 32])
+        chains.append((chain, holders))
+        stored += len(chain)
+        while index.stats().blocks > 100_000:
+            chain, holders = chains.popleft()
+            for holder in holders:
+                for at in range(len(chain), 0, -48):
+                    index.remove(holder, chain[max(0, at - 48) : at])
+        if random.random() < 0.001:
+            gone = random.randrange(64)
+            index.clear(gone)
+            chains = deque((chain, [one for one in holders if one != gone]) for chain, holders in chains)
+        if stored >= 1_000_000:
+            most = max(most, process.memory_info().rss)
+            settled = settled or most
+    assert most - settled < 4_000_000, "10^6 blocks had come and gone before, and 10^5 take some 10 MB"
+    swept(index)
 
 
 @pytest.mark.parametrize("hashes", [[1 << 63], [1, 2, -(1 << 63) - 1], [1.5], ["a"], [None]])

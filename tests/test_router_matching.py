@@ -9,7 +9,7 @@ from kvd.router.matching import Member, matched
 from kvd.router.numbering import Numbering
 from kvd.router.policies.choice import Matched
 from kvd.router.view import View
-from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored, decode, read_frames
+from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored, decode_changes, read_frames
 from tests.publisher_model import stored
 
 A, B, OTHER = "http://a:1", "http://b:1", "ff" * 16
@@ -39,7 +39,7 @@ class World:
         for frames in self._stream.flush(1.0):
             message = read_frames(frames)
             assert message is not None
-            self.view.batch(message[0], decode(message[1]), 1.0)
+            self.view.batch(message[0], decode_changes(message[1]), 1.0)
 
     def matched(self, tokens: int = 165) -> Mapping[str, Matched]:
         assert self.view.why(1.0) == ""

@@ -1,64 +1,47 @@
-"""Events of one worker from a socket into the index, in a process of its own, driven by lines of JSON.
+"""A node's stream from its sockets into an index, by the router's own parts, in a process of its own.
 
-    python _ingest.py ENDPOINT
+    python _ingest.py ENDPOINT REPLAY_ENDPOINT CHAIN
 
-What it decodes with stands in for the router's view of a worker: the same library, as little as an index needs.
-{"chain": [...]} takes events until a lookup says that the worker has the whole chain, and answers how many came.
+CHAIN is a list in JSON. Once the view is exact and a lookup says that somebody has the whole chain, a line on standard
+input is answered with how many blocks the index has, and when (of the clock that all processes share) that was so.
 """
 
+import asyncio
 import json
 import sys
+import time
+from collections.abc import Sequence
 
-import msgspec
+import uvloop
 import zmq
 
+from kvd.router.follow import Follow
 from kvd.router.index import Index
+from kvd.router.numbering import Numbering
+from kvd.router.view import View
 
-WORKER = 1
-EVENTS_PER_LOOK = 64
-
-
-class Stored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
-    block_hashes: list[int]
-    parent_block_hash: int | None = None
+LOOK_EVERY_S = 0.002
 
 
-class Removed(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
-    block_hashes: list[int]
-
-
-class Cleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
-    pass
+async def take(endpoint: str, replay_endpoint: str, chain: Sequence[int]) -> dict[str, float]:
+    index = Index(1 << 22)
+    view = View(index, Numbering())
+    with zmq.Context() as context:
+        follow = Follow(context, endpoint, replay_endpoint, view)
+        while view.why(time.monotonic()) or len(chain) not in index.match(chain).values():
+            follow.tick(time.monotonic())
+            await asyncio.sleep(LOOK_EVERY_S)
+        at = time.monotonic()
+        follow.close()
+    return {"blocks": index.stats().blocks, "at": at}
 
 
 def main() -> None:
-    decode = msgspec.msgpack.Decoder(tuple[float, list[Stored | Removed | Cleared], int | None]).decode
-    index = Index(1 << 22)
-    with zmq.Context() as context, context.socket(zmq.SUB) as socket:
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.subscribe("")
-        socket.connect(sys.argv[1])
-        for line in sys.stdin:
-            chain = json.loads(line)["chain"]
-            taken = 0
-            while index.match(chain).get(WORKER) != len(chain):
-                for _ in range(EVENTS_PER_LOOK):
-                    _, events, _ = decode(socket.recv_multipart()[2])
-                    taken += 1
-                    for event in events:
-                        _apply(index, event)
-                    if not socket.get(zmq.EVENTS) & zmq.POLLIN:
-                        break
-            print(json.dumps({"events": taken}), flush=True)
-
-
-def _apply(index: Index, event: Stored | Removed | Cleared) -> None:
-    if isinstance(event, Stored):
-        assert index.store(WORKER, event.parent_block_hash, event.block_hashes)
-    elif isinstance(event, Removed):
-        index.remove(WORKER, event.block_hashes)
-    else:
-        index.clear(WORKER)
+    endpoint, replay_endpoint, chain = sys.argv[1:]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        done = runner.run(take(endpoint, replay_endpoint, json.loads(chain)))
+    sys.stdin.readline()
+    print(json.dumps(done), flush=True)
 
 
 if __name__ == "__main__":

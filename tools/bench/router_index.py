@@ -4,9 +4,10 @@ Lookups: kvd's Index and `RadixTree` of ai-dynamo-runtime, each in a process of 
 and asked the same chains in turn; median microseconds, from a list of hashes to a dict of workers. All answers are
 asserted equal. Bytes per block are what the process grew by, per distinct block.
 
-Events: 32 blocks each (of 16 tokens), as SGLang frames and encodes them, published over TCP as fast as they are taken,
-until a query finds the last: by `python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by a process
-that decodes them, stores them in an Index and looks. It does not hash tokens: SGLang's own hashes are what it uses.
+Events: 32 blocks each, of 16 or 64 tokens, as kvd's stream of a node bears them (SGLang's frames and encoding, and a
+head that others ignore), published over TCP as fast as they are taken, until a query finds the last: by
+`python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by the router's own Follow, View and Index in a
+process of their own. These do not hash tokens: SGLang's own hashes are what they use. `--ingest` measures only this.
 """
 
 import http.client
@@ -20,14 +21,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from kvd import wire
+from kvd.sglang_events import GPU, Batch, Stored, encode, seq_frame
 from tools.bench._kvd import scratch
 from tools.bench._peers import Missing, Peer, end, made_environment, start_peer
 from tools.bench._table import ROOT, Options, Run, Samples, Table, finish, interleave, options, progress, spread
@@ -36,12 +39,13 @@ DYNAMO = "ai-dynamo-runtime==1.6.1"
 SIZES = [(workers, blocks) for blocks in (10**5, 10**6) for workers in (8, 64, 512)]
 QUICK = [(8, 10**5), (512, 10**5), (64, 10**6)]
 COUNT = 64  # lookups a case and round
-EVENT, BLOCK_TOKENS, EVENTS_A_CHAIN = 32, 16, 4
+EVENT, EVENTS_A_CHAIN = 32, 4
+BLOCK_TOKENS = (16, 64)
 WAIT_S = 120.0
 
 
 def main() -> None:
-    wanted = options(__doc__)
+    wanted = options(__doc__, lambda add: add.add_argument("--ingest", action="store_true", help="events only"))
     table = Table(
         "The router's index: lookups in microseconds, median (min..max of the rounds)",
         ("workers, blocks", "prompt, known", "kvd", "dynamo", "dynamo / kvd"),
@@ -55,7 +59,7 @@ def main() -> None:
     sizes: list[float] = []
     figures: dict[str, object] = {}
     with scratch() as folder:
-        for workers, blocks in QUICK if wanted.quick else SIZES:
+        for workers, blocks in () if wanted.rest.ingest else QUICK if wanted.quick else SIZES:
             progress(f"{workers} workers, {blocks} blocks")
             label = f"{workers}, 10^{round(math.log10(blocks))}"
             samples, grown = _lookups(folder, dynamo, workers, blocks, wanted)
@@ -66,8 +70,11 @@ def main() -> None:
             figures |= {f"{label} {who} bytes": round(size, 1) for who, size in grown.items()}
         ingest = _ingest(folder, dynamo, wanted)
     for who, rates in ingest.rounds.items():
-        table.notes.append(f"events a second from the socket to an answer, {who}: {spread(rates, 0)}")
+        table.notes.append(f"events a second from the socket to an answer, {who} tokens a block: {spread(rates, 0)}")
         figures[f"{who} events_per_s"] = round(statistics.median(rates))
+    gains = {n: ratio for n in BLOCK_TOKENS if (ratio := ingest.ratio(f"kvd, {n}", f"dynamo, {n}"))}
+    table.notes += [f"events, kvd / dynamo, {n} tokens a block: {ratio:.2f}" for n, ratio in gains.items()]
+    figures |= {f"ingest_{n}": round(ratio, 3) for n, ratio in gains.items()}
     finish(
         "router_index",
         table,
@@ -75,7 +82,7 @@ def main() -> None:
         {
             "lookup_geomean": statistics.geometric_mean(ratios) if ratios else None,
             "lookup_worst": min(ratios, default=None),
-            "ingest": ingest.ratio("kvd", "dynamo"),
+            "ingest": min(gains.values(), default=None),
             "bytes_per_block": max(sizes, default=None),
         },
         figures,
@@ -121,73 +128,76 @@ def _add_rows(table: Table, label: str, samples: Samples, figures: dict[str, obj
 
 
 class _Stream:
-    """Messages of one worker, each an event, chains of four; and what the last chain is."""
+    """A node's batches, each an event of one worker, chains of four; and what the last chain is."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, block_tokens: int) -> None:
         draw = random.Random(1)
-        encode = msgspec.msgpack.Encoder().encode
+        head = wire.Head("bench", 1, wire.Source("http://worker", block_tokens=block_tokens))
+        self.block_tokens = block_tokens
         self.messages = []
         for number in range(count):
             if number % EVENTS_A_CHAIN == 0:
                 self.chain: list[int] = []
                 self.tokens: list[int] = []
             hashes = [draw.getrandbits(64) - (1 << 63) for _ in range(EVENT)]
-            tokens = [draw.randrange(128_000) for _ in range(EVENT * BLOCK_TOKENS)]
-            parent = self.chain[-1] if self.chain else None
-            event = {"type": "BlockStored", "block_hashes": hashes, "parent_block_hash": parent, "token_ids": tokens,
-                     "block_size": BLOCK_TOKENS, "lora_id": None, "medium": "GPU"}  # fmt: skip
-            self.messages.append(encode([time.time(), [event], 0]))
+            tokens = draw.choices(range(128_000), k=EVENT * block_tokens)
+            event = Stored(
+                kvd=head, block_hashes=hashes, parent_block_hash=self.chain[-1] if self.chain else None,
+                token_ids=msgspec.Raw(msgspec.msgpack.encode(tokens)), block_size=block_tokens, lora_id=None,
+                medium=GPU,
+            )  # fmt: skip
+            self.messages.append(encode(Batch(time.time(), [event], 0)))
             self.chain += hashes
             self.tokens += tokens
 
 
 def _ingest(folder: Path, dynamo: Path | None, wanted: Options) -> Samples:
-    """Events a second, by who took them."""
-    count = 8_000 if wanted.quick else 32_000
-    progress(f"{count} events")
-    stream = _Stream(count)
-    runs: list[Run] = [partial(_take_kvd, folder, stream)]
-    if dynamo:
-        runs.append(partial(_take_dynamo, folder, dynamo, stream))
+    """Events a second, by who took them and how many tokens their blocks have."""
+    runs: list[Run] = []
+    for block_tokens in BLOCK_TOKENS:
+        count = 8_000 if wanted.quick else 32_000
+        progress(f"{count} events, blocks of {block_tokens} tokens")
+        stream = _Stream(count, block_tokens)
+        runs.append(partial(_take_kvd, folder, stream))
+        if dynamo:
+            runs.append(partial(_take_dynamo, folder, dynamo, stream))
     return interleave(runs, wanted.rounds(2, 5), warm_up=0)
 
 
 def _take_kvd(folder: Path, stream: _Stream, _: int) -> Mapping[str, float]:
-    env = {"PYTHONPATH": str(ROOT)}
-    with (
-        _publisher(stream) as (endpoint, publish),
-        start_peer("kvd-ingest", Path(sys.prefix), "_ingest.py", [endpoint], folder, env) as peer,
-    ):
-        started = publish()
-        taken = peer.ask(timeout_s=WAIT_S, chain=stream.chain)
-        took = time.monotonic() - started
-        assert taken["events"] == len(stream.messages)
-    return {"kvd": len(stream.messages) / took}
+    with _Node(stream) as node:
+        arguments = [node.endpoint, node.replay_endpoint, json.dumps(stream.chain)]
+        env = {"PYTHONPATH": str(ROOT)}
+        with start_peer("kvd-ingest", Path(sys.prefix), "_ingest.py", arguments, folder, env) as peer:
+            node.answer_snapshot()
+            started = node.publish()
+            done = peer.ask(timeout_s=WAIT_S)
+    assert done["blocks"] == EVENT * len(stream.messages)
+    return {f"kvd, {stream.block_tokens}": len(stream.messages) / (done["at"] - started)}
 
 
 def _take_dynamo(folder: Path, environment: Path, stream: _Stream, _: int) -> Mapping[str, float]:
     port = _free_port()
-    with _publisher(stream) as (endpoint, publish), (folder / "dynamo-indexer.log").open("wb") as log:
+    with _Node(stream) as node, (folder / "dynamo-indexer.log").open("wb") as log:
         process = subprocess.Popen(
             [str(environment / "bin" / "python"), "-m", "dynamo.indexer", "--port", str(port), "--threads", "1",
-             "--block-size", str(BLOCK_TOKENS), "--model-name", "m", "--workers", f"1={endpoint}"],
+             "--block-size", str(stream.block_tokens), "--model-name", "m", "--workers", f"1={node.endpoint}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "DYN_LOG": "error"},
         )  # fmt: skip
         try:
-            started = publish()
-            _wait_for_answer(port, stream, process)
-            took = time.monotonic() - started
+            started = node.publish()
+            at = _wait_for_answer(port, stream, process)
         except Missing as why:
             progress(f"dynamo.indexer is missing: {why}")
             return {}
         finally:
             process.terminate()
             end(process)
-    return {"dynamo": len(stream.messages) / took}
+    return {f"dynamo, {stream.block_tokens}": len(stream.messages) / (at - started)}
 
 
-def _wait_for_answer(port: int, stream: _Stream, process: "subprocess.Popen[bytes]") -> None:
-    """Until a query for the last chain finds all of it."""
+def _wait_for_answer(port: int, stream: _Stream, process: "subprocess.Popen[bytes]") -> float:
+    """When a query for the last chain found all of it."""
     asked = json.dumps({"token_ids": stream.tokens, "model_name": "m"})
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -195,8 +205,8 @@ def _wait_for_answer(port: int, stream: _Stream, process: "subprocess.Popen[byte
         try:
             connection.request("POST", "/query", asked, {"Content-Type": "application/json"})
             scores = json.loads(connection.getresponse().read()).get("scores", {})
-            if scores.get("1", {}).get("0") == len(stream.tokens):
-                return
+            if max(scores.get("1", {"": 0}).values()) == len(stream.tokens):
+                return time.monotonic()
         except (OSError, ValueError):
             pass
         finally:
@@ -205,31 +215,48 @@ def _wait_for_answer(port: int, stream: _Stream, process: "subprocess.Popen[byte
     raise Missing(f"it never had the last block (exit status {process.poll()})")
 
 
-@contextmanager
-def _publisher(stream: _Stream) -> Iterator[tuple[str, Callable[[], float]]]:
-    """A worker's publisher: where it is, and what sends everything once somebody has subscribed, from a thread."""
-    with zmq.Context() as context, context.socket(zmq.XPUB) as publisher:
-        publisher.setsockopt(zmq.SNDHWM, 0)
-        publisher.setsockopt(zmq.LINGER, 0)
-        port = publisher.bind_to_random_port("tcp://127.0.0.1")
+class _Node:
+    """A node's two sockets: it sends everything once somebody has subscribed, from a thread."""
 
-        def send() -> None:
-            for number, message in enumerate(stream.messages):
-                publisher.send_multipart([b"kv-events", number.to_bytes(8, "big"), message])
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._context = zmq.Context()
+        self._publisher, self._router = self._context.socket(zmq.XPUB), self._context.socket(zmq.ROUTER)
+        self._publisher.setsockopt(zmq.SNDHWM, 0)
+        self.endpoint, self.replay_endpoint = (
+            f"tcp://127.0.0.1:{one.bind_to_random_port('tcp://127.0.0.1')}" for one in (self._publisher, self._router)
+        )
+        self._sender = threading.Thread(target=self._send, daemon=True)
 
-        sender = threading.Thread(target=send, daemon=True)
+    def publish(self) -> float:
+        """When the first message was sent."""
+        if not self._publisher.poll(WAIT_S * 1000):
+            raise Missing("it did not subscribe")
+        self._publisher.recv()
+        started = time.monotonic()
+        self._sender.start()
+        return started
 
-        def publish() -> float:
-            if not publisher.poll(WAIT_S * 1000):
-                raise Missing("it did not subscribe")
-            publisher.recv()
-            started = time.monotonic()
-            sender.start()
-            return started
+    def answer_snapshot(self) -> None:
+        """It has nothing yet."""
+        if not self._router.poll(WAIT_S * 1000):
+            raise Missing("it did not ask for a snapshot")
+        who, _, asked = self._router.recv_multipart()
+        request = msgspec.msgpack.decode(asked, type=wire.GetSnapshot).request
+        part = wire.SnapshotPart(request, "bench", 1, -1, None)
+        self._router.send_multipart([who, b"", wire.encode(part)])
 
-        yield f"tcp://127.0.0.1:{port}", publish
-        if sender.is_alive():
-            sender.join(WAIT_S)
+    def _send(self) -> None:
+        for number, message in enumerate(self._stream.messages):
+            self._publisher.send_multipart([wire.TOPIC, seq_frame(number), message])
+
+    def __enter__(self) -> "_Node":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sender.is_alive():
+            self._sender.join(WAIT_S)
+        self._context.destroy(linger=0)
 
 
 def _free_port() -> int:
