@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def watch(settings: RouterSettings, sock: socket.socket) -> int:
         nonlocal stopping
         stopping = True
         for child in children:
-            os.kill(child, number)
+            with suppress(ProcessLookupError):  # it has ended, and is just being noticed
+                os.kill(child, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)

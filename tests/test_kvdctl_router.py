@@ -177,7 +177,7 @@ def test_a_real_router_of_two_processes_by_load(tmp_path: Path) -> None:
     with MockWorker() as worker, Router(tmp_path, worker.url, listen__processes=2) as router:
         document = json.loads(kvdctl("worker", "list", "--json", "--router", router.url).stdout)
         assert [one["name"] for one in document["workers"]] == [worker.url]
-        assert document["policy"] == "least_busy"
+        assert document["policy"] == "kvd"
         assert "decided nothing yet" in kvdctl("explain", "--requests", "--router", router.url).stdout
         assert "no engine has said" in kvdctl("top", "--once", "--router", f"127.0.0.1:{router.port}").stdout
         assert kvdctl("worker", "add", NEW, "--router", router.url).stdout == f"{NEW} joins.\n"

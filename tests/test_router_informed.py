@@ -479,7 +479,7 @@ def test_the_proxy_tells_what_becomes_of_requests(manner: Manner) -> None:
         assert (again.tried, again.outcome) == ((made.worker,), "answered")
         assert len(steered.load) == 0
         said = await talk(port, b"GET /kvd/metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        assert b'kvd_router_steering_prompts{tokens="tokens"} 3\n' in said
+        assert b'kvd_router_steering_prompts_total{tokens="tokens"} 3\n' in said
         server.close()
         await house.drain(0.0)
 

@@ -15,6 +15,7 @@ from kvd.router.policies.choice import Candidate, Choice, Matched, Scored
 from kvd.router.proxy.strict import Malformed, read
 from kvd.router.tenants import ANYBODY, Tenant, digest
 from kvd.router.work import Request, Work
+from tests.harness import eventually
 from tests.router_harness import MockWorker, Router, Served, ToldRouter, post
 from tests.told_router import A, B, C, Row
 
@@ -69,7 +70,7 @@ def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker)
     status, said = asked(router, "/kvd/decisions?request=x")
     assert (status, said["decisions"], said["total"]) == (200, [], 0)
     status, said = asked(router, "/kvd/workers")
-    assert (status, said["policy"], said["processes"], said["pid"]) == (200, "least_busy", 1, router.process.pid)
+    assert (status, said["policy"], said["processes"], said["pid"]) == (200, "kvd", 1, router.process.pid)
     (only,) = said["workers"]
     assert (only["name"], only["state"], only["origin"], only["credit"]) == (
         worker.url,
@@ -88,8 +89,7 @@ def test_what_a_worker_has_of_ours_is_shown(router: Router, worker: MockWorker) 
     worker.set(hold=True)
     with router.connect() as sock:
         sock.sendall(post("/generate", {"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 1}}))
-        while asked(router, "/kvd/workers")[1]["workers"][0]["running"] == 0:
-            pass
+        eventually(lambda: asked(router, "/kvd/workers")[1]["workers"][0]["queued"] == 1, 10, "it waits for its token")
         worker.step()
     worker.set(hold=False)
 

@@ -32,6 +32,8 @@ _HELP: Final = {
     "steering_waiting": "requests in the router's queue, because all workers have enough",
     "steering_running": "requests that the router has at the worker",
     "steering_outcomes_total": "what became of attempts at workers",
+    "steering_prompts_total": "requests by what became of their tokens: made, or why there are none",
+    "steering_in_flight": "requests at workers whose load is counted",
     "fleet_workers": "workers by state",
     "fleet_credit": "1 where prefixes count for the worker",
     "fleet_parity_differs": "1 where the worker makes other tokens of a prompt than the router",
