@@ -122,6 +122,13 @@ class Router(Served):
             lines = [line.rpartition(" ") for line in reply.read().decode().splitlines() if line[0] != "#"]
         return {name.removeprefix("kvd_router_"): float(value) for name, _, value in lines}
 
+    def page(self, name: str, **asked: object) -> dict[str, Any]:
+        """One of the router's own, in JSON."""
+        query = "&".join(f"{key}={value}" for key, value in asked.items())
+        with urllib.request.urlopen(f"{self.url}/kvd/{name}?{query}", timeout=10) as reply:
+            said: dict[str, Any] = json.load(reply)
+            return said
+
     def stop(self, timeout_s: float = 20.0) -> None:
         """A clean stop."""
         if self.process.poll() is None:

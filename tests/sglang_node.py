@@ -22,7 +22,7 @@ import pytest
 from kvd.pages import chain
 from tests.harness import Daemon, eventually
 from tools.demo.node import LOGS, MODEL, ROOT, VENV, extra_config
-from tools.sglang_cpu.endpoint import Generation
+from tools.sglang_cpu.endpoint import Endpoint, Generation
 from tools.sglang_cpu.server import HiCache, SglangServer
 
 VARIANT = ROOT / ".models/variant-1" / MODEL.name
@@ -84,10 +84,11 @@ def worker(
     model: Path = MODEL,
     page_size: int = PAGE_TOKENS,
     args: Sequence[str] = (),
+    hicache: HiCache | None = None,
     **options: Any,
 ) -> SglangServer:
-    """A server with kvd behind its HiCache, not started; without a socket, one that has neither."""
-    cache = None
+    """A server with kvd behind its HiCache, not started; without a socket, one that has `hicache`, or none."""
+    cache = hicache
     if socket is not None:
         extra = extra_config(socket)
         if not v1:
@@ -99,7 +100,7 @@ def worker(
     )  # fmt: skip
 
 
-def ask(server: SglangServer, prompt: Prompt, **fields: Any) -> Generation:
+def ask(server: Endpoint, prompt: Prompt, **fields: Any) -> Generation:
     return server.generate(input_ids=prompt, max_new_tokens=NEW_TOKENS, **fields)
 
 
