@@ -13,7 +13,7 @@ from tools.bench._table import ROOT, commit
 
 NAMES = (
     "host_path", "lookup", "ttft", "gate", "import_cost", "nvme", "reopen", "shared", "policy",
-    "events", "router_index", "router_tokens", "router_http", "router_quality",
+    "events", "router_index", "router_tokens", "router_http", "router_quality", "router_real",
 )  # fmt: skip
 HEAD = """# Benchmarks
 
