@@ -190,8 +190,9 @@ class ActiveLoad:
             else:
                 running += 1
         more, more_tokens = report.waiting - waiting, report.waiting_tokens - tokens
+        theirs = report.waiting_tokens * max(0, more) // max(1, report.waiting)
         there.others = _Others(
-            max(0, more), max(0, more_tokens), report.running - running, max(0, -more), max(0, -more_tokens)
+            max(0, more), max(0, min(more_tokens, theirs)), report.running - running, max(0, -more), max(0, -more_tokens)
         )
 
     def at(self, worker: str, now: float) -> Load:
@@ -248,10 +249,6 @@ def _corrected(load: Load, there: _Worker, report: Report) -> Load:
         head_s -= report.made_at - there.since
     if others.waiting:
         queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * others.tokens / others.waiting / 2))
-    elif others.tokens and queued.tokens:  # less of ours is cached there than we think
-        queued = Work(
-            queued.prompts, queued.tokens + others.tokens, queued.pairs * (1 + others.tokens / queued.tokens)
-        )
     running = max(running, load.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
     return load._replace(
