@@ -28,22 +28,30 @@ class Kvd:
         self._rates = rates
         self._arrivals: dict[str, float] = {}  # recent ones by worker, counted less the older they are
         self._work_s = 0.0  # of all workers
+        self._elsewhere_s = 0.0  # what the next best worker would have added to the times to first tokens
         self._at = 0.0
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
         self._fade(candidates, now)
-        load = min(_FULL, self._work_s / _MEMORY_S / len(candidates))
+        count, arrivals = len(candidates), sum(self._arrivals.values())
+        mean = Busy(
+            0.0,
+            (arrivals + 1.0) / count / _MEMORY_S,  # this one included
+            min(_FULL, self._work_s / _MEMORY_S / count),
+            self._elsewhere_s / arrivals if arrivals else 0.0,
+        )
         choice = by_cost(
             self.name,
-            [self._score(request, each, load) for each in candidates],
+            [self._score(request, each, mean) for each in candidates],
             lambda each: (-(each.candidate.load.free_tokens or 0), -_draw(request, each.candidate.worker)),
         )
         self._arrivals[choice.worker] += 1.0
         self._work_s += choice.winner.terms["load_s"] + choice.winner.terms["compute_s"]
+        self._elsewhere_s += _elsewhere_s(choice)
         return choice
 
-    def _score(self, request: Request, each: Candidate, load: float) -> Scored:
-        busy = Busy((self._arrivals[each.worker] + 1.0) / _MEMORY_S, load)  # this one included
+    def _score(self, request: Request, each: Candidate, mean: Busy) -> Scored:
+        busy = mean._replace(arrivals_per_s=(self._arrivals[each.worker] + 1.0) / _MEMORY_S)  # this one included
         terms = cost(request.tokens, each.matched, each.load, self._rates(each.worker), busy)
         return Scored(each, sum(terms), terms._asdict(), terms.ttft_s)
 
@@ -51,7 +59,14 @@ class Kvd:
         fading = exp(min(0.0, self._at - now) / _MEMORY_S)
         self._at = now
         self._work_s *= fading
+        self._elsewhere_s *= fading
         self._arrivals = {each.worker: self._arrivals.get(each.worker, 0.0) * fading for each in candidates}
+
+
+def _elsewhere_s(choice: Choice) -> float:
+    """How much later the first token would come if the winner were not there."""
+    first, *others = (each.ttft_s or 0.0 for each in choice.ranked)
+    return max(0.0, min(others) - first) if others else 0.0
 
 
 def _draw(request: Request, worker: str) -> int:
