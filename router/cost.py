@@ -90,6 +90,8 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
 
 def queue_s(load: Load, rates: Rates) -> float:
     """Until all prompts that are before a new one are computed."""
+    if not load.queued.prompts:
+        return 0.0
     return max(0.0, rates.prefill_s(load.queued) - min(load.head_s, rates.prefill_s(load.head)))
 
 

@@ -159,11 +159,22 @@ def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
         assert terms.room_s == pytest.approx(max(0.0, waits_s - line_s))
 
 
+def test_a_rush_is_seen_from_the_first_seconds_on() -> None:
+    policy, there = ours(), of(busy(), busy())
+    for number in range(50):
+        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
+    early = policy.choose(request("early", 1024), there, now=5.0).winner.terms["later_s"]
+    for number in range(50, 1200):
+        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
+    late = policy.choose(request("late", 1024), there, now=120.0).winner.terms["later_s"]
+    assert early == pytest.approx(late, rel=0.1)  # as many came per second
+
+
 def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
     policy, loads = ours(), (busy(tokens=20_000), busy(tokens=20_000))
     for number in range(60):
-        policy.choose(request(f"r{number}", 1024, first=number), of(*loads)[:1], now=number / 10)
-        policy.choose(request(f"s{number}", 1024, first=number), of(*loads), now=number / 10)
+        few = number % 10 == 0  # a worker that is not asked about is not forgotten for that
+        policy.choose(request(f"r{number}", 1024, first=number), of(*loads)[few : few + 1], now=number / 10)
     choice = policy.choose(request("long", 65_536), of(*loads), now=6.0)
     terms = {each.candidate.worker: each.terms["later_s"] for each in choice.ranked}
     assert (choice.worker, terms["w1"] < terms["w0"]) == ("w1", True)
