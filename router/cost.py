@@ -1,7 +1,7 @@
 """What it costs to send a request to one worker, in seconds of somebody's waiting. Pure.
 
     its first token   queue_s     what is before it there
-                    + room_s      until there is KV memory for it
+                    + room_s      until there is KV memory for it, where that takes longer
                     + load_s      of what is in tiers below the GPU, as far as that beats computing it
                     + compute_s   of the rest
     token intervals + interval_s  its own, and what those of the requests that run there grow by
@@ -13,8 +13,15 @@ these grows by: nothing is weighed by hand.
 
 `later_s`: work that is added behind a backlog delays everybody who comes to that worker until it is idle again. That
 many come: the worker's own arrivals a second, for as long as its backlog lasts at the speed that arriving work leaves
-for it (the value function of a queue that serves in order). Where few requests come, as to a worker that is deep in
-long prompts, another long prompt harms few.
+for it (the value function of a queue that serves in order):
+
+    later_s = (own arrivals * ahead_s * work_s + mean arrivals * (most_s * work_s - most_s ** 2 / 2)) / (1 - load)
+    most_s  = the lesser of work_s and what going elsewhere takes
+
+Where few requests come, as to a worker that is deep in long prompts, another long prompt harms few. The second part is
+of those who come while the work is being done. Without it a long prompt that leaves its prefix because there is a line
+looks cheap at any idle worker, keeps that one from its own prefixes, and their prompts leave too; counted as if nobody
+had a choice, it keeps prompts where no room is.
 """
 
 from typing import NamedTuple
@@ -36,10 +43,14 @@ class Prefix(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """How busy a worker is kept: requests that come to it per second, and seconds of work that come in a second."""
+    """How busy a worker is kept, and what its requests could do instead."""
 
-    arrivals_per_s: float
-    load: float  # below 1.0
+    arrivals_per_s: float  # requests that come to it
+    mean_per_s: float  # and that come to a worker on average
+    load: float  # seconds of work that come to a worker in a second, below 1.0
+    elsewhere_s: (
+        float  # how much later a first token comes where it comes soonest but for the chosen worker, on average
+    )
 
 
 class Cost(NamedTuple):
@@ -85,7 +96,7 @@ def queue_s(load: Load, rates: Rates) -> float:
 
 
 def room_s(tokens: int, load: Load, rates: Rates) -> float:
-    """Until those that run have left room for `tokens` more and their answer, and for all that wait before."""
+    """Until those that run have left room for `tokens` and their answer, and for all that wait before."""
     if load.free_tokens is None or not load.running:
         return 0.0
     short = tokens + rates.answer_tokens - load.free_tokens
@@ -121,21 +132,25 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
 def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
     """What requests that come later wait for this work, which begins in `ahead_s`.
 
-    Who comes while it is being computed is left out: they can still go elsewhere, and counting them sends long prompts
-    away from their prefixes (the mean TTFT of the conversation trace at 80 % is 17 % higher with them).
+    Who comes before it begins waits for all of it. Who comes while it is being done waits for what is left of it, or
+    goes elsewhere if that is faster: the mean worker's share of requests, as one that starts anew has no line yet.
     """
-    return work_s * busy.arrivals_per_s * ahead_s / (1.0 - busy.load)
+    most_s = min(work_s, busy.elsewhere_s)
+    behind = busy.arrivals_per_s * ahead_s * work_s
+    meanwhile = busy.mean_per_s * most_s * (work_s - most_s / 2)
+    return (behind + meanwhile) / (1.0 - busy.load)
 
 
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
     """Of a prompt of so many tokens at one worker."""
     there, ahead_s = prefix(tokens, matched, rates), queue_s(load, rates)
+    full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
     return Cost(
         ahead_s,
-        room_s(tokens - there.cached, load, rates),
+        full_s,
         there.load_s,
         there.compute_s,
         interval_s(tokens, there.compute_s, load, rates),
         step_s(tokens - there.cached, load, rates),
-        later_s(there.load_s + there.compute_s, ahead_s, busy),
+        later_s(there.load_s + there.compute_s, ahead_s + full_s, busy),
     )

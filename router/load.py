@@ -6,6 +6,9 @@ some moment, so it is compared with what was known of that moment:
 
     others = reported - ours, as of then            what is there now = ours now + others
 
+What waits takes KV memory with all of its tokens, cached or not, less what requests there have in common: that is as
+much as those that ran at the report shared.
+
 When the engine has computed more of ours than we have heard of (part of a long prompt, or a first token is on its way
 to us), that is taken off the prompts that are first in line, and forgotten with them.
 
@@ -89,6 +92,7 @@ class _Others:
 @dataclass(slots=True)
 class _Worker:
     waiting: OrderedDict[str, _Flight] = field(default_factory=OrderedDict)
+    whole: int = 0  # tokens of the prompts that wait, cached or not
     queued: Work = NO_WORK
     running: int = 0
     context: int = 0
@@ -99,6 +103,7 @@ class _Worker:
     left: deque[_Left] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
     report: Report | None = None
     others: _Others = field(default_factory=_Others)
+    sharing: float = 1.0  # KV memory that requests hold, by their tokens: what several have in common is there once
 
 
 class ActiveLoad:
@@ -122,6 +127,7 @@ class ActiveLoad:
             there.since = now
         self._flights[request] = there.flights[request] = there.waiting[request] = flight
         there.queued = there.queued.plus(flight.work)
+        there.whole += tokens
 
     def first_token(self, request: str, now: float, cached: int | None = None) -> Served | None:
         """Its prefill is over, and the engine may have said how much was cached.
@@ -150,8 +156,11 @@ class ActiveLoad:
         flight = self._flights.get(request)
         if flight is not None:
             flight.tokens += tokens
-            if flight.first_at is not None:
-                self._workers[flight.worker].context += tokens
+            there = self._workers[flight.worker]
+            if flight.first_at is None:
+                there.whole += tokens
+            else:
+                there.context += tokens
 
     def finished(self, request: str, now: float) -> None:
         """It is over, whatever became of it."""
@@ -182,16 +191,25 @@ class ActiveLoad:
         if there.report is not None and report.made_at <= there.report.made_at:
             return
         there.report = report
-        waiting = tokens = running = 0
+        waiting = tokens = running = context = 0
         for flight in _present(there, report.made_at):
             if flight.first_at is None or flight.first_at > report.made_at:
                 waiting += 1
                 tokens += flight.work.tokens
             else:
                 running += 1
+                context += flight.tokens
+        there.sharing = min(1.0, report.used_tokens / context) if context and report.running == running else 1.0
         more, more_tokens = report.waiting - waiting, report.waiting_tokens - tokens
+        # Engines count a prefix that one in line brings for the next as work of both, or guess by their hit rate: of
+        # our own prompts we know better, and all that are more are others' only as far as their number goes.
+        theirs = report.waiting_tokens * max(0, more) // max(1, report.waiting)
         there.others = _Others(
-            max(0, more), max(0, more_tokens), report.running - running, max(0, -more), max(0, -more_tokens)
+            max(0, more),
+            max(0, min(more_tokens, theirs)),
+            report.running - running,
+            max(0, -more),
+            max(0, -more_tokens),
         )
 
     def at(self, worker: str, now: float) -> Load:
@@ -212,6 +230,7 @@ class ActiveLoad:
     def _no_longer_waits(request: str, flight: _Flight, there: _Worker) -> None:
         del there.waiting[request]
         there.queued = there.queued.minus(flight.work) if there.waiting else NO_WORK
+        there.whole -= flight.tokens
         others = there.others
         if there.report is None or flight.sent_at > there.report.made_at:
             return
@@ -248,17 +267,14 @@ def _corrected(load: Load, there: _Worker, report: Report) -> Load:
         head_s -= report.made_at - there.since
     if others.waiting:
         queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * others.tokens / others.waiting / 2))
-    elif others.tokens and queued.tokens:  # less of ours is cached there than we think
-        queued = Work(
-            queued.prompts, queued.tokens + others.tokens, queued.pairs * (1 + others.tokens / queued.tokens)
-        )
     running = max(running, load.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
+    claimed = report.used_tokens + taken + round(there.sharing * there.whole) + others.tokens
     return load._replace(
         queued=queued,
         head=head,
         head_s=head_s,
         running=running,
         context_tokens=max(0, load.context_tokens + round(each * (running - load.running))),
-        free_tokens=min(report.most_tokens, report.most_tokens - report.used_tokens - taken - queued.tokens),
+        free_tokens=min(report.most_tokens, report.most_tokens - claimed),
     )

@@ -81,14 +81,38 @@ def test_prefill_without_gaps_tells_how_fast_a_worker_is() -> None:
 def test_others_requests_are_what_a_report_has_more_than_ours() -> None:
     load = ActiveLoad()
     load.sent("a", "w", 1000, 0, now=1.0)
-    load.reported("w", report(2.0, running=2, waiting=3, tokens=4000, used=6000))
+    load.reported("w", report(2.0, running=2, waiting=3, tokens=3000, used=5000))
     load.sent("b", "w", 500, 0, now=2.5)
     now = load.at("w", 3.0)
-    assert (now.queued.prompts, now.queued.tokens, now.running) == (4, 4500, 2)
-    assert now.free_tokens == 10_000 - 6000 - 4000 - 500  # who waits will take room too
+    assert (now.queued.prompts, now.queued.tokens, now.running) == (4, 3500, 2)
+    assert now.free_tokens == 10_000 - 5000 - 3000 - 500  # who waits will take room too
     load.first_token("a", 3.0)
     now = load.at("w", 3.0)
-    assert (now.queued.prompts, now.queued.tokens, now.running) == (3, 3500, 3)
+    assert (now.queued.prompts, now.queued.tokens, now.running) == (3, 2500, 3)
+
+
+def test_what_a_report_says_of_our_own_prompts_adds_nothing_to_what_we_know() -> None:
+    load = ActiveLoad()
+    load.sent("turn1", "w", 4000, 0, now=1.0)
+    load.sent("turn2", "w", 5000, 4000, now=1.5)  # the first brings what it needs, which the engine does not foresee
+    load.reported("w", report(2.0, waiting=2, tokens=9000))
+    assert load.at("w", 2.0).queued == Work.of(4000, 0).plus(Work.of(5000, 4000))
+    load.reported("w", report(3.0, waiting=3, tokens=12_000))  # and one that is not ours, of the same length at most
+    assert load.at("w", 3.0).queued.tokens == 5000 + 4000
+
+
+def test_prompts_that_wait_take_room_as_far_as_those_that_run_shared_none_of_theirs() -> None:
+    load = ActiveLoad()
+    for request in "abcd":
+        load.sent(request, "w", 1000, 0, now=1.0)
+        load.first_token(request, 2.0)
+    load.reported("w", report(3.0, running=4, used=2000))  # half of what they have is common to them
+    assert load.at("w", 3.0).free_tokens == 8000
+    load.sent("e", "w", 3000, 2900, now=3.5)
+    assert load.at("w", 4.0).free_tokens == 8000 - 1500
+    load.progressed("e", 100)
+    load.first_token("e", 4.5)
+    assert load.at("w", 4.5).free_tokens == 8000 - 3100  # which the next report sets right
 
 
 def test_an_engine_that_is_ahead_of_what_we_heard_is_believed_about_what_it_had() -> None:

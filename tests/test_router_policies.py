@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvd.router.cost import Busy, later_s, prefix, queue_s, step_s
+from kvd.router.cost import Busy, cost, later_s, prefix, queue_s, room_s, step_s
 from kvd.router.load import Load
 from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
 from kvd.router.policies.choice import Candidate, Matched, Policy
@@ -125,10 +125,49 @@ def test_many_running_requests_count_against_a_worker() -> None:
 
 
 def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
-    calm, rush = Busy(arrivals_per_s=0.1, load=0.5), Busy(arrivals_per_s=5.0, load=0.5)
+    calm, rush = Busy(0.1, 0.0, 0.5, 0.0), Busy(5.0, 0.0, 0.5, 0.0)
     assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
     assert later_s(2.0, 3.0, calm) == pytest.approx(3 * later_s(2.0, 1.0, calm))
-    assert later_s(2.0, 1.0, Busy(0.1, 0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 1.0, calm._replace(load=0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+
+
+def test_who_comes_while_a_prompt_is_computed_waits_for_the_rest_of_it_or_goes_elsewhere() -> None:
+    bound = Busy(arrivals_per_s=9.0, mean_per_s=0.5, load=0.0, elsewhere_s=100.0)
+    assert later_s(4.0, 0.0, bound) == pytest.approx(0.5 * 4.0 * 2.0)  # half of it on average
+    assert later_s(4.0, 0.0, bound._replace(elsewhere_s=1.0)) == pytest.approx(0.5 * (3.0 * 1.0 + 1.0 * 0.5))
+    assert later_s(4.0, 0.0, bound._replace(elsewhere_s=0.0)) == 0.0
+
+
+def test_a_prompt_leaves_its_prefix_later_where_others_depend_on_theirs() -> None:
+    """A line of a second, against two seconds of computing at an idle worker: who is bound to that one would wait."""
+    longer, prefixes = request("r", 65_536), [Matched(gpu=65_000), Matched()]
+    candidates = of(busy(tokens=60_000), idle(), matched=prefixes)
+    assert ours().choose(longer, candidates, 0.0).worker == "w0"
+    assert ours().choose(longer, of(busy(tokens=160_000), idle(), matched=prefixes), 0.0).worker == "w1"
+    policy = ours()
+    for number in range(200):  # prompts whose prefixes are at one worker only
+        policy.choose(longer._replace(id=str(number)), of(idle(), idle(), matched=prefixes), number / 50)
+    assert policy.choose(longer, of(busy(tokens=160_000), idle(), matched=prefixes), 4.0).worker == "w0"
+
+
+def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
+    full = Load(running=20, context_tokens=400_000, free_tokens=-100_000)
+    waits_s = room_s(8192, full, RATES)
+    assert waits_s > 1.0
+    for before, line_s in ((Work.of(8192, 0), RATES.prefill_s(Work.of(8192, 0))), (Work.of(400_000, 0), 1e9)):
+        terms = cost(8192, Matched(), full._replace(queued=before, head=before), RATES, Busy(0.0, 0.0, 0.0, 0.0))
+        assert terms.room_s == pytest.approx(max(0.0, waits_s - line_s))
+
+
+def test_a_rush_is_seen_from_the_first_seconds_on() -> None:
+    policy, there = ours(), of(busy(), busy())
+    for number in range(50):
+        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
+    early = policy.choose(request("early", 1024), there, now=5.0).winner.terms["later_s"]
+    for number in range(50, 1200):
+        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
+    late = policy.choose(request("late", 1024), there, now=120.0).winner.terms["later_s"]
+    assert early == pytest.approx(late, rel=0.1)  # as many came per second
 
 
 def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
