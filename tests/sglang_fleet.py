@@ -17,6 +17,8 @@ from tools.demo.node import extra_config
 from tools.sglang_cpu.endpoint import Endpoint
 from tools.sglang_cpu.server import HiCache, SglangServer
 
+KV_TOKENS = 4096  # a worker; four of them share a small machine
+
 
 def publishing(port: int) -> list[str]:
     """A worker's arguments that let its KV events be followed, and its answers say how much was cached.
@@ -90,7 +92,8 @@ def world(count: int, attached: bool = True) -> Iterator[World]:
         port = free_ports(2 * count)
         socket = run / SOCKET if attached else None
         servers = [
-            worker(f"router-{n}", socket, args=publishing(port + 2 * n), hicache=HiCache()) for n in range(count)
+            worker(f"router-{n}", socket, args=publishing(port + 2 * n), hicache=HiCache(), max_total_tokens=KV_TOKENS)
+            for n in range(count)
         ]
         events = {"events__endpoint": endpoint, "events__workers": json.dumps([url_of(server) for server in servers])}
         kvd = stack.enter_context(Daemon(run, ARENA_MIB, 16, **events))
