@@ -13,7 +13,7 @@ import pytest
 from tests.harness import eventually
 from tests.kvdctl import kvdctl
 from tests.router_harness import Router
-from tests.sglang_fleet import World, world
+from tests.sglang_fleet import World, url_of, world
 from tests.sglang_node import NEW_TOKENS, PAGE_TOKENS, SERVED_AS, ask, needs_sglang, words
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
