@@ -63,12 +63,17 @@ def credited(tools: Tools, folder: Path, model: Path, held: Sequence[Conversatio
 
 
 def await_credit(router: Running) -> None:
-    """Until it steers by what every worker holds."""
+    """Until it steers by what every worker holds. Raises AssertionError, which says what is missing."""
+    workers: list[dict[str, Any]] = []
 
-    def credits() -> list[bool]:
-        return [worker["credit"] for worker in _page(router, "workers")["workers"]]
+    def credited() -> bool:
+        workers[:] = _page(router, "workers")["workers"]
+        return [worker["credit"] for worker in workers] == [True] * WORKERS
 
-    eventually(lambda: credits() == [True] * WORKERS, _CREDIT_S, "every worker has prefix credit")
+    try:
+        eventually(credited, _CREDIT_S)
+    except AssertionError:
+        raise AssertionError(f"no prefix credit: { {worker['name']: worker['why'] for worker in workers} }") from None
 
 
 def matched(router: Running) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def _steered(router: Running, name: str) -> dict[str, float]:
     """How much of the last prompts the chosen workers had; asserts that every request was steered by tokens."""
     by_events, all_told = matched(router)
     assert by_events > 0, f"{name}: nothing of what workers hold was matched"
-    return {f"{OURS} {name} matched": all_told, f"{OURS} {name} matched by events": by_events}
+    return {f"{OURS} {name} matched_percent": 100 * all_told, f"{OURS} {name} events_percent": 100 * by_events}
 
 
 def _added(samples: Samples, names: list[str]) -> dict[str, float]:
@@ -138,9 +138,10 @@ def _report(samples: Samples, names: list[str], missing: dict[str, str], tokens:
         )  # fmt: skip
     table.notes.append(f"{OURS} steers by {tokens}")
     table.notes += [
-        f"{name}: the chosen workers had {samples.median(f'{OURS} {name} matched') or 0:.0%} of the prompts, "
-        f"{samples.median(f'{OURS} {name} matched by events') or 0:.0%} by events"
+        f"{name}: the chosen workers had {samples.median(f'{OURS} {name} matched_percent'):.0f} % of the prompts, "
+        f"{samples.median(f'{OURS} {name} events_percent'):.0f} % by events"
         for name in LOADS
+        if f"{OURS} {name} matched_percent" in samples.rounds
     ]
     table.notes += [f"missing: {name}: {why}" for name, why in missing.items()]
     table.notes.append(software("uvloop", "httptools"))
