@@ -3,7 +3,8 @@
     python -m tests.scripted_publisher HTTP_PORT EVENTS_PORT REPLAY_PORT|0 RANKS BUFFER_STEPS map|array
 
 It imports nothing of kvd: what it sends is written down here once more. Orders: {"do": "store" | "remove" | "clear",
-..., "rank": 0, "lose": false}; "lose" takes a number and is remembered for replays, but is not published.
+..., "rank": 0, "lose": false, "block": 4}; "lose" takes a number and is remembered for replays, but is not published;
+"block" is how many tokens one has.
 {"do": "fill", "blocks": n, "chain": m}: n blocks in chains of m, for benchmarks.
 """
 
@@ -63,8 +64,8 @@ def fill(publisher: Rank, blocks: int, chain: int) -> None:
 
 
 def event_of(order: dict[str, Any], shape: str) -> Any:
-    hashes, medium = order.get("hashes", []), order.get("medium", "GPU")
-    stored = [hashes, order.get("parent"), [7] * (BLOCK * len(hashes)), BLOCK, None, medium]
+    hashes, medium, block = order.get("hashes", []), order.get("medium", "GPU"), order.get("block", BLOCK)
+    stored = [hashes, order.get("parent"), [7] * (block * len(hashes)), block, None, medium]
     if shape == "array":
         rows = {"store": ["BlockStored", *stored], "remove": ["BlockRemoved", hashes, medium]}
         return rows.get(order["do"], ["AllBlocksCleared"])

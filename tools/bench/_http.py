@@ -1,16 +1,18 @@
 """HTTP routers under load: mock workers and a load generator in C, built at run time, and the routers between them.
 
-Each router is started on the same four mock workers. What a router costs is the CPU time of its processes, children
-included, while the load was counted.
+Each router is started on four mock workers, and asked alone. What a router costs is the CPU time of its processes,
+children included, while the load was counted.
 """
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +53,25 @@ class Tools:
 
 
 @contextmanager
+def mock(tools: Tools, port: int, table: Path | None = None) -> Iterator[None]:
+    """One mock worker; `table`: what it answers besides (see _http_mock.c)."""
+    command = [str(tools.mock), str(port), *([str(table)] if table is not None else [])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        _kill(process)
+
+
+@contextmanager
 def mocks(tools: Tools) -> Iterator[list[int]]:
-    """The ports of the mock workers."""
+    """The ports of mock workers that tell nothing of their tokens."""
     with ExitStack() as stack:
-        ports = []
-        for _ in range(WORKERS):
-            port = free_port()
-            process = subprocess.Popen([str(tools.mock), str(port)], stdout=subprocess.PIPE)
-            stack.callback(_kill, process)
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            ports.append(port)
+        ports = [free_port() for _ in range(WORKERS)]
+        for port in ports:
+            stack.enter_context(mock(tools, port))
         yield ports
 
 
@@ -79,11 +89,13 @@ def direct(ports: Sequence[int]) -> Running:
 
 
 @contextmanager
-def kvd_router(ports: Sequence[int], folder: Path) -> Iterator[Running]:
+def kvd_router(ports: Sequence[int], folder: Path, name: str = "kvd-router", events: str = "") -> Iterator[Running]:
+    """`events`: where the workers' node publishes; "": it knows nothing of what they hold."""
     port = free_port()
     command = [sys.executable, "-m", "kvd.router.main", "--port", str(port)]
     command += [word for worker in ports for word in ("--worker", f"http://127.0.0.1:{worker}")]
-    with _started("kvd-router", command, port, "/kvd/health", folder) as running:
+    nodes = {"KVD_ROUTER_NODES": json.dumps([{"events": events}])} if events else {}
+    with _started(name, command, port, "/kvd/health", folder, os.environ | nodes) as running:
         yield running
 
 
@@ -119,9 +131,9 @@ def nginx(ports: Sequence[int], folder: Path) -> Iterator[Running]:
         yield running
 
 
-def load(tools: Tools, router: Running, connections: int, seconds: float, body: Path) -> Measured:
+def load(tools: Tools, router: Running, connections: int, seconds: float, bodies: Path) -> Measured:
     """Put this load on it. Raises Missing when any request failed."""
-    command = [str(tools.load), str(router.port), str(connections), str(seconds), str(body)]
+    command = [str(tools.load), str(router.port), str(connections), str(seconds), str(bodies)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     before = after = 0.0
@@ -149,10 +161,12 @@ def _cpu_s(router: Running) -> float:
 
 
 @contextmanager
-def _started(name: str, command: list[str], port: int, health: str, folder: Path) -> Iterator[Running]:
+def _started(
+    name: str, command: list[str], port: int, health: str, folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[Running]:
     log = folder / f"{name.replace(' ', '-')}.log"
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors, cwd=ROOT)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors, cwd=ROOT, env=env)
     try:
         until = time.monotonic() + 60
         while not _answers(port, health):

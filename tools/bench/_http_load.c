@@ -1,6 +1,10 @@
 /* A load generator that is never the bottleneck: one thread, epoll, each connection asks again once it was answered.
  *
- *     _http_load PORT CONNECTIONS SECONDS BODY_FILE        one warm-up second is not counted
+ *     _http_load PORT CONNECTIONS SECONDS BODIES        one warm-up second is not counted
+ *
+ * BODIES: a body on each line; an empty line ends a conversation. A connection sends the bodies of a conversation in
+ * their order, then those of the next that nobody has begun, the first after the last. Where a body has MARK, a number
+ * is sent that each conversation gets when it is begun, so no two begun ones are the same from there on.
  *
  * Prints: requests, events, errors, seconds, then p50 and p99 in microseconds: of requests, or, where answers are streams,
  * of the time between an event's sending (in its id) and its arrival.
@@ -19,19 +23,36 @@
 
 #define ROOM (1 << 18)
 #define SAMPLES (1 << 23)
+#define MARK "################"
+#define DIGITS 16
 
 struct conn {
     int fd;
     char in[ROOM];
     size_t held;
-    size_t out_at;
+    char *out;       /* the request */
+    size_t out_at, out_end;
+    struct body *next, *last; /* of its conversation: what it asks next, and where that ends */
+    unsigned long long number;
     int heads;       /* the head is read */
     long left;       /* bytes of body to come; -1: chunked */
     unsigned long long asked;
 };
 
-static char *request;
-static size_t request_bytes;
+struct body {
+    char *at, *mark;
+    size_t length;
+};
+
+struct conversation {
+    struct body *first, *last;
+};
+
+static struct body *bodies;
+static struct conversation *conversations;
+static size_t conversation_count, begun, longest;
+static unsigned long long numbers; /* of this run's conversations start here */
+static int port;
 static unsigned *samples;
 static size_t taken;
 static unsigned long requests, events, errors;
@@ -52,10 +73,56 @@ static void sample(unsigned long long ns) {
     if (counting && taken < SAMPLES) samples[taken++] = ns / 1000 > 0xffffffffu ? 0xffffffffu : ns / 1000;
 }
 
+static void read_bodies(const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file || fseek(file, 0, SEEK_END)) { perror(path); exit(1); }
+    size_t size = ftell(file), lines = 0, count = 0;
+    char *all = malloc(size + 1), *end = all + size;
+    rewind(file);
+    if (fread(all, 1, size, file) != size) { perror(path); exit(1); }
+    *end = 0;
+    fclose(file);
+    for (char *at = all; (at = memchr(at, '\n', end - at)); at++) lines++;
+    bodies = calloc(lines + 1, sizeof *bodies);
+    conversations = calloc(lines + 1, sizeof *conversations);
+    struct body *first = bodies;
+    for (char *at = all, *stop; at < end && (stop = memchr(at, '\n', end - at)); at = stop + 1) {
+        if (stop == at) {
+            conversations[conversation_count++] = (struct conversation){first, bodies + count};
+            first = bodies + count;
+            continue;
+        }
+        bodies[count++] = (struct body){at, memmem(at, stop - at, MARK, DIGITS), stop - at};
+        if ((size_t)(stop - at) > longest) longest = stop - at;
+    }
+    if (!conversation_count) { fprintf(stderr, "no conversation in %s\n", path); exit(1); }
+}
+
+/* The next request of its conversation, or the first of the next one. */
+static void write_request(struct conn *c) {
+    if (c->next == c->last) {
+        struct conversation *next = &conversations[begun % conversation_count];
+        c->next = next->first, c->last = next->last;
+        c->number = (numbers + begun++) * 0x9E3779B97F4A7C15ull; /* other ones from the first digit on */
+    }
+    struct body *body = c->next++;
+    int head = sprintf(c->out, "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: load\r\n"
+                               "Accept: application/json\r\nAccept-Encoding: identity\r\n"
+                               "Authorization: Bearer sk-none\r\nContent-Type: application/json\r\n"
+                               "Content-Length: %zu\r\n\r\n", port, body->length);
+    memcpy(c->out + head, body->at, body->length);
+    c->out_end = head + body->length;
+    if (body->mark) {
+        char digits[DIGITS + 1];
+        sprintf(digits, "%016llx", c->number);
+        memcpy(c->out + head + (body->mark - body->at), digits, DIGITS);
+    }
+}
+
 static void ask(struct conn *c) {
-    if (c->out_at == 0) c->asked = now_ns(), c->heads = 0, c->held = 0;
-    while (c->out_at < request_bytes) {
-        ssize_t n = send(c->fd, request + c->out_at, request_bytes - c->out_at, MSG_NOSIGNAL);
+    if (c->out_at == 0) write_request(c), c->asked = now_ns(), c->heads = 0, c->held = 0;
+    while (c->out_at < c->out_end) {
+        ssize_t n = send(c->fd, c->out + c->out_at, c->out_end - c->out_at, MSG_NOSIGNAL);
         if (n < 0) {
             struct epoll_event e = {.events = EPOLLIN | EPOLLOUT, .data.ptr = c};
             epoll_ctl(epfd, EPOLL_CTL_MOD, c->fd, &e);
@@ -121,19 +188,11 @@ static int readable(struct conn *c) {
 
 int main(int argc, char **argv) {
     if (argc < 5) return 2;
-    int port = atoi(argv[1]), count = atoi(argv[2]);
+    int count = atoi(argv[2]);
     double seconds = atof(argv[3]);
-    FILE *file = fopen(argv[4], "rb");
-    if (!file) { perror(argv[4]); return 1; }
-    static char body[1 << 20];
-    size_t length = fread(body, 1, sizeof body, file);
-    request = malloc(length + 512);
-    request_bytes = sprintf(request, "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: load\r\n"
-                                     "Accept: application/json\r\nAccept-Encoding: identity\r\n"
-                                     "Authorization: Bearer sk-none\r\nContent-Type: application/json\r\n"
-                                     "Content-Length: %zu\r\n\r\n", port, length);
-    memcpy(request + request_bytes, body, length);
-    request_bytes += length;
+    port = atoi(argv[1]);
+    read_bodies(argv[4]);
+    numbers = (unsigned long long)getpid() << 40 ^ now_ns();
     samples = malloc(SAMPLES * sizeof *samples);
     epfd = epoll_create1(0);
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port)};
@@ -141,6 +200,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < count; i++) {
         struct conn *c = calloc(1, sizeof *c);
         int on = 1;
+        c->out = malloc(longest + 512);
         c->fd = socket(AF_INET, SOCK_STREAM, 0);
         if (connect(c->fd, (void *)&to, sizeof to)) { perror("connect"); return 1; }
         setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);

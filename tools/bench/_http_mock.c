@@ -1,10 +1,12 @@
 /* A worker that is never the bottleneck: one thread, epoll, canned answers. For tools/bench/router_http.py.
  *
- *     _http_mock PORT
+ *     _http_mock PORT [TABLE]
  *
- * GET: a short JSON answer. POST: a chat answer of about 300 bytes; or, where the body asks for a stream, `max_tokens`
- * (or `max_completion_tokens`) events, each with the time it was sent in its id (CLOCK_MONOTONIC, ns) and in a write of its own: as fast as the reader
- * takes them when that number is even, 100 a second when it is odd.
+ * TABLE: a line of three fields, between tabs, for each question that is answered otherwise: the beginning of the
+ * request line, the whole body (empty: any), the JSON to answer. `GET /v1/loads`: how many streams it is sending.
+ * Any other GET: a short JSON answer. POST: a chat answer of about 300 bytes; or, where the body asks for a stream, `max_tokens`
+ * (or `max_completion_tokens`) events, each with the time it was sent in its id (CLOCK_MONOTONIC, ns) and in a write of
+ * its own: as fast as the reader takes them when that number is even, 100 a second when it is odd.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -20,6 +22,7 @@
 #define MOST 4096
 #define ROOM (1 << 20)
 #define PACE_NS 10000000ull
+#define ENTRIES 64
 
 struct conn {
     int fd;
@@ -34,6 +37,34 @@ struct conn {
 
 static struct conn *conns[MOST];
 static int epfd;
+static struct { char *line, *body, *say; } table[ENTRIES];
+static int entries;
+
+static void read_table(const char *path) {
+    FILE *file = fopen(path, "r");
+    char *line = NULL;
+    size_t room = 0;
+    if (!file) { perror(path); exit(1); }
+    while (getline(&line, &room, file) > 0) {
+        char *rest = strdup(line);
+        rest[strcspn(rest, "\n")] = 0;
+        if (entries == ENTRIES) { fputs("too many answers\n", stderr); exit(1); }
+        table[entries].line = strsep(&rest, "\t"), table[entries].body = strsep(&rest, "\t");
+        table[entries++].say = rest;
+    }
+    free(line);
+    fclose(file);
+}
+
+/* What the table says to this; NULL: nothing. */
+static const char *told(const char *head, const char *body, size_t length) {
+    for (int i = 0; i < entries; i++) {
+        size_t whole = strlen(table[i].body);
+        if (!strncmp(head, table[i].line, strlen(table[i].line)) &&
+            (!whole || (whole == length && !memcmp(body, table[i].body, length)))) return table[i].say;
+    }
+    return NULL;
+}
 
 static unsigned long long now_ns(void) {
     struct timespec t;
@@ -122,10 +153,24 @@ static int answer(struct conn *c, const char *head, const char *body, size_t len
         if (send(c->fd, out, n, MSG_NOSIGNAL) != n) return -1;
         return stream(c);
     }
-    const char *say = head[0] == 'P' ? chat : about;
-    int n = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %zu\r\n\r\n%s",
-                     strlen(say), say);
-    return send(c->fd, out, n, MSG_NOSIGNAL) == n ? 1 : -1;
+    char load[200];
+    const char *say = told(head, body, length);
+    if (!say && !strncmp(head, "GET /v1/loads", 13)) {
+        int sending = 0;
+        for (int fd = 0; fd < MOST; fd++) sending += conns[fd] && conns[fd]->left >= 0;
+        snprintf(load, sizeof load, "{\"loads\":[{\"num_running_reqs\":%d,\"max_total_num_tokens\":%d}]}", sending,
+                 1 << 30);
+        say = load;
+    }
+    if (!say) say = head[0] == 'P' ? chat : about;
+    int all = strlen(say);
+    int n = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n", all);
+    if (n + all < (int)sizeof out) { /* the usual answers, in one piece */
+        memcpy(out + n, say, all);
+        return send(c->fd, out, n + all, MSG_NOSIGNAL) == n + all ? 1 : -1;
+    }
+    if (send(c->fd, out, n, MSG_NOSIGNAL | MSG_MORE) != n) return -1;
+    return send(c->fd, say, all, MSG_NOSIGNAL) == all ? 1 : -1;
 }
 
 static int readable(struct conn *c) {
@@ -144,6 +189,7 @@ static int readable(struct conn *c) {
 }
 
 int main(int argc, char **argv) {
+    if (argc > 2) read_table(argv[2]);
     int on = 1, listening = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(argc > 1 ? atoi(argv[1]) : 0)};
     at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);

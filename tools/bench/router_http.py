@@ -4,60 +4,40 @@ Four mock workers in C, a load generator in C, and between them in turn: nothing
 (round robin and cache aware) and nginx where it is installed. "Per core" is the rate divided by the CPU cores that the
 router itself used; all of them share this machine with the load and the workers.
 
-    1 KiB, 1     one connection, chat requests of 1 KiB: latency
+    1 KiB, 1     one connection, chats of 1 KiB: latency
     1 KiB, 64    64 connections: requests a second for each core
-    32 KiB, 32   a conversation of 32 KiB in every request
+    32 KiB, 32   conversations that grow by a turn with each request, 32 KiB on average
     SSE          32 streams of 400 events, as fast as they are taken: events a second for each core
     100/s x 64   64 streams of 100 events a second: from an event's sending to its arrival
 
-kvd-router chooses the least busy worker here: nothing is tokenized yet. Ratios are kvd-router over sglang-router cache
-aware.
+All get the same requests; no two are the same, and what they share is what real ones share: see _http_chats.py.
+
+kvd-router steers by exact tokens and by what its workers hold: it has a real kvd's stream of their events, and every
+worker's credit (see _http_fleet.py). That this was so for every request is asserted after each load. It has workers of
+its own for that. "load alone" is kvd-router without tokens, whose workers publish no events, as all others' do. Ratios
+are kvd-router, with tokens, over sglang-router cache aware.
 """
 
-import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from tools.bench._http import Measured, Running, Tools, direct, kvd_router, load, mocks, nginx, sglang_router
+from tools.bench._http_chats import Chats, written
+from tools.bench._http_fleet import BLOCK_TOKENS, await_credit, credited, matched
 from tools.bench._kvd import scratch
 from tools.bench._peers import Missing
 from tools.bench._table import Options, Run, Samples, Table, finish, interleave, options, progress, software
+from tools.bench._texts import model_folder, source
 
+OURS, ALONE, THEIRS = "kvd-router", "kvd-router, load alone", "sglang-router cache_aware"
 PEERS = {
-    "kvd-router": kvd_router,
+    ALONE: partial(kvd_router, name=ALONE),
     "sglang-router round_robin": partial(sglang_router, policy="round_robin"),
-    "sglang-router cache_aware": partial(sglang_router, policy="cache_aware"),
+    THEIRS: partial(sglang_router, policy="cache_aware"),
     "nginx": nginx,
 }
-OURS, THEIRS = "kvd-router", "sglang-router cache_aware"
-TURN = "Please explain in a few words why the sky is blue at noon and red in the evening. "
 LOADS = {"1 KiB, 1": 1, "1 KiB, 64": 64, "32 KiB, 32": 32, "SSE": 32, "100/s x 64": 64}
-
-
-def bodies(folder: Path) -> dict[str, Path]:
-    """The request of each load."""
-
-    def conversation(size: int, turns: int, **more: object) -> bytes:
-        def written(text: str) -> bytes:
-            roles = ["user" if n % 2 == 0 else "assistant" for n in range(turns)]
-            messages = [{"role": role, "content": f"{n} {text}"} for n, role in enumerate(roles)]
-            return json.dumps({"model": "mock", **more, "messages": messages}, separators=(",", ":")).encode()
-
-        room = (size - len(written(""))) // turns
-        return written((TURN * (room // len(TURN) + 1))[:room])
-
-    made = {
-        "1 KiB, 1": conversation(1024, 1, max_tokens=16),
-        "1 KiB, 64": conversation(1024, 1, max_tokens=16),
-        "32 KiB, 32": conversation(32 << 10, 15, max_tokens=16),
-        "SSE": conversation(512, 1, max_tokens=400, stream=True),
-        "100/s x 64": conversation(512, 1, max_tokens=101, stream=True),
-    }
-    files = {name: folder / f"body-{n}.json" for n, name in enumerate(made)}
-    for name, body in made.items():
-        files[name].write_bytes(body)
-    return files
 
 
 class _Cases:
@@ -80,7 +60,7 @@ class _Cases:
         except Missing as error:
             self.missing[f"{router.name}, {name}"] = str(error)
             return {}
-        return _figures(f"{router.name} {name}", name, found)
+        return _figures(f"{router.name} {name}", name, found) | (_steered(router, name) if router.name == OURS else {})
 
 
 def _figures(key: str, name: str, found: Measured) -> dict[str, float]:
@@ -89,6 +69,13 @@ def _figures(key: str, name: str, found: Measured) -> dict[str, float]:
     if found.cores:
         figures[f"{key} per core"] = rate / found.cores
     return figures
+
+
+def _steered(router: Running, name: str) -> dict[str, float]:
+    """How much of the last prompts the chosen workers had; asserts that every request was steered by tokens."""
+    by_events, all_told = matched(router)
+    assert by_events > 0, f"{name}: nothing of what workers hold was matched"
+    return {f"{OURS} {name} matched_percent": 100 * all_told, f"{OURS} {name} events_percent": 100 * by_events}
 
 
 def _added(samples: Samples, names: list[str]) -> dict[str, float]:
@@ -106,22 +93,32 @@ def _added(samples: Samples, names: list[str]) -> dict[str, float]:
 def main() -> None:
     wanted = options(__doc__)
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch())
-        tools = Tools(folder)
+        folder, model = stack.enter_context(scratch()), stack.enter_context(model_folder())
+        tools, chats = Tools(folder), Chats()
+        short, long = chats.short(max_tokens=16), chats.long(max_tokens=16)
+        loads = {
+            "1 KiB, 1": short, "1 KiB, 64": short, "32 KiB, 32": long,
+            "SSE": chats.short(max_tokens=400, stream=True), "100/s x 64": chats.short(max_tokens=101, stream=True),
+        }  # fmt: skip
+        files = {name: written(bodies, folder / f"bodies-{n}") for n, (name, bodies) in enumerate(loads.items())}
         ports = stack.enter_context(mocks(tools))
-        routers, missing = [direct(ports)], {}
+        fleet = stack.enter_context(credited(tools, folder, model, [*short, *long]))
+        ours = stack.enter_context(kvd_router(fleet.ports, folder, events=fleet.events))
+        await_credit(ours)
+        routers, missing = [direct(ports), ours], {}
         for name, start in PEERS.items():
             try:
                 routers.append(stack.enter_context(start(ports, folder)))
             except Missing as error:
                 missing[name] = str(error)
                 progress(f"{name}: {error}")
-        cases = _Cases(tools, bodies(folder), 0.5 if wanted.quick else 3.0)
+        cases = _Cases(tools, files, 0.5 if wanted.quick else 3.0)
         samples = interleave(cases.of(routers), wanted.rounds(1, 5), warm_up=0)
-    _report(samples, [router.name for router in routers], missing | cases.missing, wanted)
+    tokens = f"tokens of {model.name} made by {fleet.backend}, blocks of {BLOCK_TOKENS}; texts: {source()}"
+    _report(samples, [router.name for router in routers], missing | cases.missing, tokens, wanted)
 
 
-def _report(samples: Samples, names: list[str], missing: dict[str, str], wanted: Options) -> None:
+def _report(samples: Samples, names: list[str], missing: dict[str, str], tokens: str, wanted: Options) -> None:
     columns = ("router", "1 KiB, 1: p50 / p99 us", "1 KiB, 64: 1/s (per core)", "32 KiB, 32: 1/s (per core)",
                "SSE: events/s (per core)", "100/s x 64: p50 / p99 us")  # fmt: skip
     table = Table("HTTP routers: rates, latency, and rates for each CPU core that the router used", columns)
@@ -139,7 +136,13 @@ def _report(samples: Samples, names: list[str], missing: dict[str, str], wanted:
             name, latency(f"{name} 1 KiB, 1"), rate(f"{name} 1 KiB, 64"), rate(f"{name} 32 KiB, 32"),
             rate(f"{name} SSE"), latency(f"{name} 100/s x 64"),
         )  # fmt: skip
-    table.notes.append("kvd-router chooses the least busy worker: nothing is tokenized, no prefix is looked up")
+    table.notes.append(f"{OURS} steers by {tokens}")
+    table.notes += [
+        f"{name}: the chosen workers had {samples.median(f'{OURS} {name} matched_percent'):.0f} % of the prompts, "
+        f"{samples.median(f'{OURS} {name} events_percent'):.0f} % by events"
+        for name in LOADS
+        if f"{OURS} {name} matched_percent" in samples.rounds
+    ]
     table.notes += [f"missing: {name}: {why}" for name, why in missing.items()]
     table.notes.append(software("uvloop", "httptools"))
     ratios = {

@@ -12,11 +12,7 @@ is not there; the model is .models/smollm2-135m, or a small tokenizer trained on
 MB/s is 1e6 bytes of UTF-8 a second; tokens/s beside it. `us` is what the last request of the conversation took.
 """
 
-import gzip
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,42 +21,22 @@ from kvd.router.tokens.encode import Encoder
 from kvd.router.tokens.requests import CHAT, Tokeniser
 from kvd.router.tokens.serving import Serving
 from kvd.router.tokens.tokenizer import Backend, fastest
-from tests import router_models
-from tools.bench._table import ROOT, Options, Samples, Table, finish, interleave, options, progress, spread, timed
+from tools.bench._table import Options, Samples, Table, finish, interleave, options, progress, spread, timed
+from tools.bench._texts import model_folder, source, texts
 
-AGENT = ROOT / "../shared/data/agentic/miniswe.jsonl.gz"
-MODEL = ROOT / ".models/smollm2-135m"
 CHAT_BYTES, TURN_BYTES = 32 << 10, 1 << 10
 SCHEME = Scheme(64)
 
 
 def main() -> None:
     wanted = options(__doc__)
-    with _model() as model:
-        progress(f"{model.name}; texts of {'an agent' if AGENT.exists() else 'this checkout'}")
+    with model_folder() as model:
+        progress(f"{model.name}; {source()}")
         tokeniser = Tokeniser.open(model, Serving())
-        clock = _Clock(tokeniser, model, _texts(20 if wanted.quick else 60))
+        clock = _Clock(tokeniser, model, texts(20 if wanted.quick else 60))
         samples = interleave(clock.cases(), wanted.rounds(3, 9))
         _report(samples, tokeniser, wanted)
         tokeniser.close()
-
-
-@contextmanager
-def _model() -> Iterator[Path]:
-    if MODEL.exists():
-        yield MODEL
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        made = router_models.with_special(router_models.byte_level())
-        yield router_models.folder(Path(folder) / "trained-here", made)
-
-
-def _texts(count: int) -> list[str]:
-    if AGENT.exists():
-        with gzip.open(AGENT, "rt", encoding="utf-8") as lines:
-            found = [str(json.loads(line)["input"]) for line in lines]
-        return found[:: max(1, len(found) // count)][:count]
-    return [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("kvd/**/*.py"))][:count]
 
 
 class _Clock:
