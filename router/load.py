@@ -84,6 +84,8 @@ class _Others:
     running: int = 0  # below zero: ours have ended, and we have not heard of it
     ahead: int = 0  # of ours that wait, as far as we know, the first have their first token
     ahead_tokens: int = 0  # of theirs and the next are computed
+    fresh: int = 0  # of ours, sent since the report, that run
+    taken: int = 0  # tokens of KV memory that those have, less what has been given back since the report
 
 
 @dataclass(slots=True)
@@ -136,6 +138,9 @@ class ActiveLoad:
         flight.first_at = now
         there.running += 1
         there.context += flight.tokens
+        if _since(flight, there):
+            there.others.fresh += 1
+            there.others.taken += flight.tokens
         there.slice_work = there.slice_work.plus(flight.work if cached is None else Work.of(flight.tokens, cached))
         there.slice_s += now - there.since
         there.since = now
@@ -151,7 +156,10 @@ class ActiveLoad:
         if flight is not None:
             flight.tokens += tokens
             if flight.first_at is not None:
-                self._workers[flight.worker].context += tokens
+                there = self._workers[flight.worker]
+                there.context += tokens
+                if _since(flight, there):
+                    there.others.taken += tokens
 
     def finished(self, request: str, now: float) -> None:
         """It is over, whatever became of it."""
@@ -166,6 +174,8 @@ class ActiveLoad:
         else:
             there.running -= 1
             there.context -= flight.tokens
+            there.others.fresh -= _since(flight, there)
+            there.others.taken -= flight.tokens
         there.left.append(_Left(flight, now))
 
     def forget(self, worker: str) -> None:
@@ -191,20 +201,22 @@ class ActiveLoad:
                 running += 1
         more, more_tokens = report.waiting - waiting, report.waiting_tokens - tokens
         there.others = _Others(
-            max(0, more), max(0, more_tokens), report.running - running, max(0, -more), max(0, -more_tokens)
-        )
+            max(0, more), max(0, more_tokens), report.running - running, max(0, -more), max(0, -more_tokens),
+            *_fresh(there, report.made_at),
+        )  # fmt: skip
 
     def at(self, worker: str, now: float) -> Load:
         """A worker that nobody has heard of is idle."""
         there = self._workers.get(worker)
         if there is None:
             return Load()
-        head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
-        load = Load(there.queued, head, now - there.since if there.waiting else 0.0, there.running, there.context)
+        head, head_s = NO_WORK, 0.0
+        if there.waiting:
+            head, head_s = next(iter(there.waiting.values())).work, now - there.since
         report = there.report
         if report is None or now - report.made_at > STALE_REPORT_S:
-            return load
-        return _corrected(load, there, report)
+            return Load(there.queued, head, head_s, there.running, there.context)
+        return _corrected(there, report, head, head_s)
 
     # -- inside -------------------------------------------------------------------------------------------
 
@@ -227,23 +239,35 @@ def _present(there: _Worker, at: float) -> Iterator[_Flight]:
     yield from (left.flight for left in there.left if left.flight.sent_at <= at < left.at)
 
 
-def _corrected(load: Load, there: _Worker, report: Report) -> Load:
-    """What is ours and sent since is certain; the rest is what the engine said, less what has ended since."""
-    others, queued, head, head_s = there.others, load.queued, load.head, load.head_s
-    running, taken, ahead = 0, 0, others.ahead_tokens
-    for flight in takewhile(lambda flight: flight.sent_at > report.made_at, reversed(there.flights.values())):
+def _since(flight: _Flight, there: _Worker) -> bool:
+    """Whether the last report does not know of it."""
+    return there.report is None or flight.sent_at > there.report.made_at
+
+
+def _fresh(there: _Worker, at: float) -> tuple[int, int]:
+    """`fresh` and `taken` of a report that was made at that moment."""
+    running = taken = 0
+    for flight in takewhile(lambda flight: flight.sent_at > at, reversed(there.flights.values())):
         if flight.first_at is not None:
             running += 1
             taken += flight.tokens
-    for left in takewhile(lambda left: left.at > report.made_at, reversed(there.left)):
-        if left.flight.sent_at <= report.made_at and left.flight.first_at is not None:
+    for left in takewhile(lambda left: left.at > at, reversed(there.left)):
+        if left.flight.sent_at <= at and left.flight.first_at is not None:
             taken -= left.flight.tokens
-    for flight in there.waiting.values():
-        head = flight.work.rest(ahead)
-        queued = queued.minus(flight.work).plus(head)
-        ahead -= flight.work.tokens - head.tokens
-        if head.tokens or flight.sent_at > report.made_at:
-            break
+    return running, taken
+
+
+def _corrected(there: _Worker, report: Report, head: Work, head_s: float) -> Load:
+    """What is ours and sent since is certain; the rest is what the engine said, less what has ended since."""
+    others, queued = there.others, there.queued
+    if others.ahead_tokens:
+        ahead = others.ahead_tokens
+        for flight in there.waiting.values():
+            head = flight.work.rest(ahead)
+            queued = queued.minus(flight.work).plus(head)
+            ahead -= flight.work.tokens - head.tokens
+            if head.tokens or flight.sent_at > report.made_at:
+                break
     if there.waiting and there.since < report.made_at:  # what was done before is not waiting any more
         head_s -= report.made_at - there.since
     if others.waiting:
@@ -252,13 +276,9 @@ def _corrected(load: Load, there: _Worker, report: Report) -> Load:
         queued = Work(
             queued.prompts, queued.tokens + others.tokens, queued.pairs * (1 + others.tokens / queued.tokens)
         )
-    running = max(running, load.running + others.running)
-    each = report.used_tokens / max(1, report.running + report.waiting)
-    return load._replace(
-        queued=queued,
-        head=head,
-        head_s=head_s,
-        running=running,
-        context_tokens=max(0, load.context_tokens + round(each * (running - load.running))),
-        free_tokens=min(report.most_tokens, report.most_tokens - report.used_tokens - taken - queued.tokens),
-    )
+    running, context = max(others.fresh, there.running + others.running), there.context
+    if running != there.running:
+        each = report.used_tokens / max(1, report.running + report.waiting)
+        context = max(0, context + round(each * (running - there.running)))
+    free = min(report.most_tokens, report.most_tokens - report.used_tokens - others.taken - queued.tokens)
+    return Load(queued, head, head_s, running, context, free)
