@@ -76,8 +76,9 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     """
     covered, load_s = max(matched.gpu, matched.expected), 0.0
     best = Prefix(covered, 0.0, rates.prefill_s(Work.of(tokens, covered)))
-    for tier in _TIERS:
-        there: int = getattr(matched, tier)
+    if max(matched) == covered:
+        return best
+    for tier, there in zip(_TIERS, matched[1:4], strict=True):
         if there <= covered:
             continue
         load_s += rates.load_s(tier, there - covered)
@@ -126,6 +127,8 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
     behind = waiting.tokens - (min(chunk, load.head.tokens) if load.head_s > starts_s else 0)
     last = behind % chunk
     mates = (waiting.prompts - (behind < waiting.tokens)) * last / max(1, behind)
+    if not mates:
+        return 0.0
     return mates * rates.prefill_s(Work.of(min(tokens, chunk - last), 0))
 
 

@@ -91,7 +91,9 @@ class LeastBusy:
     async def _choose(self, asked: Asked) -> Choice:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        others = [load for load in self._staying(asked.model) if load.worker.name not in asked.tried]
+        others = self._staying(asked.model)
+        if asked.tried:
+            others = [load for load in others if load.worker.name not in asked.tried]
         awake = _awake(others, now)
         if asked.tried or not asked.request.routed:
             if not awake:

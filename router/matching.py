@@ -58,6 +58,6 @@ def matched(
                 if (there := pages.get(namespace)) is not None:
                     own = there if own is None else list(map(max, own, there))
         if own is not None:
-            gpu, ram, nvme, shared = (min(blocks * member.block_tokens, tokens) for blocks in own)
-            result[name] = Matched(gpu, ram, nvme, shared)
+            each = member.block_tokens
+            result[name] = Matched(*[min(blocks * each, tokens) if blocks else 0 for blocks in own])
     return result

@@ -71,7 +71,7 @@ class Predicted:
         blocks = there.blocks
         if len(chain) <= known or chain[known] not in blocks:
             return known
-        return known + sum(1 for _ in takewhile(blocks.__contains__, islice(chain, known, None)))
+        return known + len(list(takewhile(blocks.__contains__, islice(chain, known, None))))
 
     def _expire(self, there: _Worker, now: float) -> None:
         while there.ending and there.ending[0][0] <= now:

@@ -37,11 +37,13 @@ class Rates:
         self.loads = {tier: Regression(prior) for tier, prior in LOAD.items()}
 
     def prefill_s(self, work: Work) -> float:
-        return self.prefill.predict(work)
+        prompt_s, token_s, pair_s = self.prefill.coefficients
+        return prompt_s * work.prompts + token_s * work.tokens + pair_s * work.pairs
 
     def interval_s(self, running: int, context_tokens: float) -> float:
         """Between two tokens of a request, `running` of them at once."""
-        return self.decode.predict((1.0, running, context_tokens))
+        step_s, request_s, context_s = self.decode.coefficients
+        return step_s + request_s * running + context_s * context_tokens
 
     def load_s(self, tier: str, tokens: int) -> float:
         """Until so many tokens' KV are there, from "ram", "nvme" or "shared"."""

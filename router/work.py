@@ -26,7 +26,8 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, tokens: int, cached: int) -> "Work":
         """A prompt of which `cached` tokens need not be computed. The last one always is."""
-        cached = min(cached, tokens - 1)
+        if cached >= tokens:
+            cached = tokens - 1
         new = tokens - cached
         return cls(1, new, new * (cached + new / 2))
 

@@ -54,24 +54,30 @@ def prepare(body: Mapping[str, Any], template: ChatTemplate, defaults: Mapping[s
 
 
 def _dumped(message: Any) -> Message:
-    """The message after the worker's models, arguments of tool calls parsed."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    """The message after the worker's models, arguments of tool calls parsed; fields that are None left out."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise NoTokens(Why.INVALID, "a message has no role")
     role, content = message["role"].lower(), _content(message.get("content"))
+    dumped: Message = {"role": role, "content": content}
     if role not in _ROLES:
         if message["role"] != "user" or content is None:
             raise NoTokens(Why.INVALID, f"role {message['role']!r}")
-        return {"role": "user", "content": content}
+    elif not message.keys() <= dumped.keys():
+        dumped |= _more(message, role)
+    return dumped
+
+
+def _more(message: Message, role: str) -> Message:
+    """What messages that are not the user's may have besides, in the order of the worker's models."""
     tools = message.get("tools")
-    return {
-        "role": role,
-        "content": content,
+    fields = {
         **{name: _text_or_none(message.get(name), name) for name in ("tool_call_id", "name", "phase")},
         "reasoning_content": _text_or_none(message.get("reasoning_content"), "reasoning_content"),
         "tool_calls": _tool_calls(message.get("tool_calls"), role),
         "tools": None if tools is None else dumped_tools(tools),
         "prefix": message.get("prefix"),
     }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _content(content: Any) -> str | list[Message] | None:
@@ -189,17 +195,18 @@ def _reasoning(body: Mapping[str, Any]) -> tuple[Any, bool | None]:
 
 def _shaped(message: Message, form: str) -> Message:
     """The message as the template wants contents: a list of parts, or one text."""
-    content = "" if message["content"] is None else message["content"]
+    content = message["content"]
+    if content is None:
+        return {**message, "content": ""}
     if not isinstance(content, list):
-        return {name: value for name, value in {**message, "content": content}.items() if value is not None}
+        return message
     texts = [part["text"] for part in content if part["type"] == "text"]
     if form == "string":
-        shaped = {**message, "content": " ".join(texts)}
-        return {name: value for name, value in shaped.items() if value is not None}
+        return {**message, "content": " ".join(texts)}
     parts: Any = [part for part in content if part["type"] in ("text", "tool_reference")]
     if message["role"] == "tool" and len(texts) == len(parts):
         parts = " ".join(texts)
-    kept = {name: value for name, value in message.items() if value is not None and name != "content"}
+    kept = {name: value for name, value in message.items() if name != "content"}
     return {**kept, "content": parts}  # the worker puts it last here
 
 

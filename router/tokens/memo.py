@@ -112,13 +112,14 @@ class Memo:
         else:
             with self._lock:
                 known = found.trunk.chains.get(naming)
+                before = None if known is None else len(known.hashes)
                 if known is None:
                     known = found.trunk.chains[naming] = Chain(naming)
                     if len(found.trunk.chains) > CHAINS:
                         found.trunk.chains.popitem(last=False)
                 known.extend(found.trunk.ids)
                 chain = known.fork(found.tokens // naming.page_tokens)
-                if id(found.trunk) in self._trunks:
+                if len(known.hashes) != before and id(found.trunk) in self._trunks:
                     self._account(found.trunk)
         chain.extend(ids)
         return chain.hashes

@@ -185,6 +185,8 @@ class Tokeniser:
         told: list[Any] = [body.get("cache_salt"), body.get("extra_key"), adapter]
         if path in _UNSALTED:
             told[:2] = None, None
+        if told == [None, None, None]:
+            return [PLAIN] * count
         columns: list[list[Any]] = [list(each) if isinstance(each, list) else [each] * count for each in told]
         if any(len(column) != count for column in columns):
             raise NoTokens(Why.INVALID, "as many salts, keys and adapters as prompts are needed")

@@ -14,6 +14,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from kvd.errors import SettingsError
@@ -21,6 +22,8 @@ from kvd.errors import SettingsError
 Message = dict[str, Any]
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _SENTINEL: Final = "kvd-inline-system-sentinel"
+_OF_DICTIONARIES: Final = frozenset(dir(dict))  # the sandbox says which of these a template may have
+_OF_LOOPS: Final = frozenset({"first", "last", "index", "index0", "length", "revindex", "revindex0"})  # numbers, all
 
 
 class _Generation(jinja2.ext.Extension):
@@ -37,6 +40,18 @@ class _Generation(jinja2.ext.Extension):
 
     def _as_it_is(self, caller: Any) -> str:
         return str(caller())
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Its answers sooner for what templates ask of every message: a field of a dictionary, how far the loop is."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICTIONARIES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind is jinja2.runtime.LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -56,9 +71,7 @@ def _to_json(
 
 
 def _environment() -> jinja2.Environment:
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
     made.globals["strftime_now"] = _now
