@@ -133,7 +133,9 @@ class RouterSettings(BaseSettings):
     )
 
     workers: list[str] = Field([], description="SGLang servers: http://HOST:PORT each")
-    nodes: list[NodeSettings] = Field([], description="kvd daemons to follow, one [[nodes]] each; none: what workers hold is not known")
+    nodes: list[NodeSettings] = Field(
+        [], description="kvd daemons to follow, one [[nodes]] each; else nobody tells what workers hold"
+    )
     join_announced: bool = Field(True, description="the nodes' workers join by themselves, and leave with them")
     model_path: Path | None = Field(
         None, description="folder with the workers' tokenizer; unset: as they say, else the Hugging Face cache"
