@@ -85,7 +85,7 @@ def test_a_stream_goes_on_when_its_worker_is_killed() -> None:
         for number, part in enumerate(client.completions.create(**asked)):
             said += part.choices[0].text if part.choices else ""
             if number == 5:
-                (victim,) = (each["name"] for each in workers(fleet) if each["running"])
+                victim = fleet.router.page("decisions", last=1)["decisions"][0]["worker"]
                 fleet.server_at(victim).kill()
         assert said == right
         assert fleet.router.metrics()["continued_total"] == 1
@@ -112,17 +112,16 @@ def test_a_prompt_goes_where_its_prefix_is_and_the_router_can_say_so(fleet: Worl
         before = blocks_known(fleet)
         cold = ask(fleet.door, shared + words(600 + topic, 40))
         assert cold.cached.total == 0
-        home = decided(fleet, last=1)["worker"]
         eventually(lambda before=before: blocks_known(fleet) >= before + 4, 20, "the worker's events have come")
         eventually(lambda: not any(each["running"] for each in workers(fleet)), 20, "so have their loads")
         warm = ask(fleet.door, shared + words(700 + topic, 50))
         made = decided(fleet, last=1)
-        assert made["worker"] == home, made["why"]
-        assert made["ranked"][0]["matched"]["gpu"] == warm.cached.device == 4 * PAGE_TOKENS
+        # Its worker, or another one that has it from kvd: whatever was said to be there is there.
+        assert max(made["ranked"][0]["matched"].values()) == warm.cached.total == 4 * PAGE_TOKENS, made["why"]
         assert made["cached_tokens"] == warm.cached.total
         assert made["actual_ttft_s"] > 0
         explained = kvdctl("explain", made["request"], "--router", fleet.router.url).stdout
-        assert home in explained
+        assert made["worker"] in explained
         assert made["why"] in explained
     assert fleet.router.page("ledger")["achieved"] >= 6 * 4 * PAGE_TOKENS
 
