@@ -41,8 +41,8 @@ CHATS: list[dict[str, Any]] = [
 
 
 @contextmanager
-def routed(count: int) -> Iterator[World]:
-    with world(count) as made:
+def routed(count: int, attached: bool = True) -> Iterator[World]:
+    with world(count, attached) as made:
         made.router = made.start_router()
         try:
             yield made
@@ -77,7 +77,7 @@ def answers(client: openai.OpenAI) -> list[Any]:
 
 
 def test_a_stream_goes_on_when_its_worker_is_killed() -> None:
-    """First of all: SGLang wants ten GB to be free for a start, so its workers do not go with those of the others."""
+    """Before `fleet`: SGLang wants ten GB free for a start, so these workers do not go with those of the others."""
     asked = {"model": SERVED_AS, "prompt": STORY, "max_tokens": 60, "temperature": 0, "stream": True}
     with routed(2) as fleet, at(fleet.servers[0].port) as direct, at(fleet.router.port) as client:
         right = "".join(part.choices[0].text for part in direct.completions.create(**asked))
@@ -95,6 +95,32 @@ def test_a_stream_goes_on_when_its_worker_is_killed() -> None:
         fleet.credited(fleet.router)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_prompt_goes_where_its_prefix_is_and_the_router_can_say_so(count: int) -> None:
+    """Without kvd behind the workers, so that only one of them has it: by chance it would be met once in `count`."""
+    with routed(count, attached=False) as fleet:
+        for number in range(10):  # it knows no worker's speed before it has seen some prompts
+            ask(fleet.door, words(400 + number, 300))
+        for topic in range(6):
+            shared = words(500 + topic, 4 * PAGE_TOKENS)
+            before = blocks_known(fleet)
+            cold = ask(fleet.door, shared + words(600 + topic, 40))
+            assert cold.cached.total == 0
+            home = decided(fleet, last=1)["worker"]
+            eventually(lambda before=before: blocks_known(fleet) >= before + 4, 20, "the worker's events have come")
+            eventually(lambda: not any(each["running"] for each in workers(fleet)), 20, "so have their loads")
+            warm = ask(fleet.door, shared + words(700 + topic, 50))
+            made = decided(fleet, last=1)
+            assert made["worker"] == home, made["why"]
+            assert made["ranked"][0]["matched"]["gpu"] == warm.cached.device == 4 * PAGE_TOKENS
+            assert made["cached_tokens"] == warm.cached.total
+            assert made["actual_ttft_s"] > 0
+            explained = kvdctl("explain", made["request"], "--router", fleet.router.url).stdout
+            assert home in explained
+            assert made["why"] in explained
+        assert fleet.router.page("ledger")["achieved"] >= 6 * 4 * PAGE_TOKENS
+
+
 def test_official_clients_get_what_a_direct_call_gives(fleet: World) -> None:
     with at(fleet.servers[0].port) as direct, at(fleet.router.port) as routed:
         assert answers(routed) == answers(direct)
@@ -102,28 +128,6 @@ def test_official_clients_get_what_a_direct_call_gives(fleet: World) -> None:
     body = {"model": SERVED_AS, "messages": CHATS[0]["messages"], "max_tokens": 8, "temperature": 0}
     told = [json.loads(server.request("POST", "/v1/messages", body)) for server in (fleet.servers[0], fleet.door)]
     assert told[0]["content"] == told[1]["content"]
-
-
-def test_a_prompt_goes_where_its_prefix_is_and_the_router_can_say_so(fleet: World) -> None:
-    for number in range(10):  # it knows no worker's speed before it has seen some prompts
-        ask(fleet.door, words(400 + number, 300))
-    for topic in range(6):
-        shared = words(500 + topic, 4 * PAGE_TOKENS)
-        before = blocks_known(fleet)
-        cold = ask(fleet.door, shared + words(600 + topic, 40))
-        assert cold.cached.total == 0
-        eventually(lambda before=before: blocks_known(fleet) >= before + 4, 20, "the worker's events have come")
-        eventually(lambda: not any(each["running"] for each in workers(fleet)), 20, "so have their loads")
-        warm = ask(fleet.door, shared + words(700 + topic, 50))
-        made = decided(fleet, last=1)
-        # Its worker, or another one that has it from kvd: whatever was said to be there is there.
-        assert max(made["ranked"][0]["matched"].values()) == warm.cached.total == 4 * PAGE_TOKENS, made["why"]
-        assert made["cached_tokens"] == warm.cached.total
-        assert made["actual_ttft_s"] > 0
-        explained = kvdctl("explain", made["request"], "--router", fleet.router.url).stdout
-        assert made["worker"] in explained
-        assert made["why"] in explained
-    assert fleet.router.page("ledger")["achieved"] >= 6 * 4 * PAGE_TOKENS
 
 
 def decided(fleet: World, **asked: object) -> dict[str, Any]:
