@@ -2,7 +2,8 @@
 
 64 pages a put (8 to S3), in GB/s (1e9 bytes), durable. Ours: `SharedTier.put` and `get`, checksums compared, on a
 local folder (`--dir`), new pages in every round; a read asks for all pages of the file just written, in an order
-of its own, or for one page at a time. References, in turn with ours:
+of its own, or for one page at a time. What is old is deleted between the rounds, ours and the references'; "full" is
+what each does when the disk has no room left: delete the oldest file first, within the time. References, in turn:
 
     copy      the same bytes into a plain file, 1 MiB a write, then fsync; read back cold, page by page, as `cp` would
     raw       the same with O_DIRECT; reads are preads of the same pages in the same order
@@ -53,7 +54,7 @@ PAGES = 64
 S3_PAGES = 8
 SIZES = {"256 KiB": 256 << 10, "1 MiB": MIB, "8 MiB": 8 * MIB}
 KEY = "1 MiB"  # the size that the ratios are of
-CASES = ("kvd", "copy", "raw", "pyarrow")
+CASES = ("kvd", "copy", "raw", "pyarrow", "kvd, full", "copy, full")
 
 
 class Pages:
@@ -97,13 +98,14 @@ def main() -> None:
             pages = Pages(length)
             results[size] = _measure_folder(folder, pages, wanted)
         for name in CASES:
-            _add_row(table, size, name, results[size], "copy", "raw")
+            _add_row(table, size, name, results[size], "copy, full" if "full" in name else "copy", "raw")
     one = results[KEY]
     for key, what, reference in (
         ("write_vs_copy", "write", "copy"), ("write_vs_raw", "write", "raw"), ("write_vs_pyarrow", "write", "pyarrow"),
         ("read_vs_raw", "read", "raw"), ("read_vs_copy", "read", "copy"), ("read_vs_pyarrow", "read", "pyarrow"),
     ):  # fmt: skip
         ratios[key] = one.ratio(f"kvd {what}", f"{reference} {what}")
+    ratios["full_write_vs_copy"] = one.ratio("kvd, full write", "copy, full write")
     try:
         with moto() as uri:
             progress("S3")
@@ -134,14 +136,21 @@ def _add_row(table: Table, size: str, name: str, samples: Samples, write_of: str
 
 
 def _measure_folder(folder: Path, pages: Pages, wanted: Options) -> Samples:
+    quota, file_bytes = 4 * pages.total + 64 * MIB, 2 * pages.total
     with ExitStack() as stack:
-        tier = SharedTier(str(folder / "tier"), "bench", 4 * pages.total + 64 * MIB, 2 * pages.total, poll_s=1e9)
-        stack.callback(tier.close)
+        tidy = SharedTier(str(folder / "tidy"), "bench", quota, file_bytes, poll_s=0, grace_s=0)
+        full = SharedTier(str(folder / "full"), "bench", quota, file_bytes, poll_s=1e9)
+        for tier in (tidy, full):
+            stack.callback(tier.close)
+        for _ in range(5):
+            full.put(pages.fresh())
         cases = [
-            _tier("kvd", tier, pages),
+            _tier("kvd", tidy, pages),
             _plain("copy", folder / "copy", pages, 0),
             _plain("raw", folder / "raw", pages, os.O_DIRECT),
             _pyarrow(folder / "pyarrow", pages),
+            _tier("kvd, full", full, pages),
+            _plain("copy, full", folder / "copy, full", pages, 0, full=True),
         ]
         return interleave(cases, wanted.rounds(5, 15))
 
@@ -156,6 +165,7 @@ def _tier(name: str, tier: SharedTier, pages: Pages) -> Run:
         one_s, single = timed(lambda: [tier.get([one])[0] for one in asked])
         assert all([*stored, *loaded, *single]), tier.counters
         tier.remove([page.name for page, _ in batch])
+        tier.news()  # deletes what is dead, where the tier is not to wait until it is full
         return {
             f"{name} write": pages.rate(put_s),
             f"{name} read": pages.rate(get_s),
@@ -165,8 +175,10 @@ def _tier(name: str, tier: SharedTier, pages: Pages) -> Run:
     return case
 
 
-def _plain(name: str, path: Path, pages: Pages, flags: int) -> Run:
+def _plain(name: str, path: Path, pages: Pages, flags: int, full: bool = False) -> Run:
     def write() -> None:
+        if full:
+            path.unlink(missing_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags)
         for at in range(0, pages.total, MIB):
             os.write(fd, pages.source[at : at + MIB])
@@ -180,7 +192,8 @@ def _plain(name: str, path: Path, pages: Pages, flags: int) -> Run:
         os.close(fd)
 
     def case(_: int) -> Mapping[str, float]:
-        path.unlink(missing_ok=True)
+        if not full:
+            path.unlink(missing_ok=True)
         write_s, _done = timed(write)
         _out_of_cache(path)
         read_s, _done = timed(read)
