@@ -3,7 +3,7 @@
     its first token   queue_s     what is before it there
                     + room_s      until there is KV memory for it, where that takes longer
                     + load_s      of what is in tiers below the GPU, as far as that beats computing it
-                    + compute_s   of the rest
+                    + compute_s   of the rest, longer where what is computed there now takes longer than expected
     token intervals + interval_s  its own, and what those of the requests that run there grow by
     others' first   + step_s      how much longer the prompts wait that are computed in the same step
                     + later_s     how much later those who come get theirs
@@ -89,11 +89,25 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     return best
 
 
-def queue_s(load: Load, rates: Rates) -> float:
-    """Until all prompts that are before a new one are computed."""
+def queue_s(load: Load, rates: Rates, slow: float = 1.0) -> float:
+    """Until all prompts that are before a new one are computed, by a worker that is so much slower than its rates."""
     if not load.queued.prompts:
         return 0.0
-    return max(0.0, rates.prefill_s(load.queued) - min(load.head_s, rates.prefill_s(load.head)))
+    return max(0.0, slow * rates.prefill_s(load.queued) - min(load.head_s, slow * rates.prefill_s(load.head)))
+
+
+def slowness(load: Load, rates: Rates) -> float:
+    """How many times slower than its rates say a worker is by what it has not done yet: 1.0, or more.
+
+    The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as expected
+    says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
+    """
+    if not load.queued.tokens:
+        return 1.0
+    part = min(1.0, rates.chunk_tokens / load.queued.tokens)
+    starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
+    expected_s = starts_s + max(rates.prefill_s(load.head), part * rates.prefill_s(load.queued))
+    return max(1.0, load.head_s / max(expected_s, 1e-9) - 1.0)
 
 
 def room_s(tokens: int, load: Load, rates: Rates) -> float:
@@ -146,14 +160,15 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
 
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
     """Of a prompt of so many tokens at one worker."""
-    there, ahead_s = prefix(tokens, matched, rates), queue_s(load, rates)
+    there, slow = prefix(tokens, matched, rates), slowness(load, rates)
+    ahead_s, compute_s = queue_s(load, rates, slow), slow * there.compute_s
     full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
     return Cost(
         ahead_s,
         full_s,
         there.load_s,
-        there.compute_s,
-        interval_s(tokens, there.compute_s, load, rates),
-        step_s(tokens - there.cached, load, rates),
-        later_s(there.load_s + there.compute_s, ahead_s + full_s, busy),
+        compute_s,
+        interval_s(tokens, compute_s, load, rates),
+        slow * step_s(tokens - there.cached, load, rates),
+        later_s(there.load_s + compute_s, ahead_s + full_s, busy),
     )

@@ -25,14 +25,13 @@ from kvd.router.load import ActiveLoad
 from kvd.router.policies.choice import Candidate, Matched, Policy
 from kvd.router.predicted import Predicted
 from kvd.router.prompts import Prompt, Prompts
-from kvd.router.rates import Rates
+from kvd.router.rates import LEARN_S, Rates
 from kvd.router.seen import Seen
 from kvd.router.steering import Choice, Incoming, Outcome, Worker
 from kvd.router.usage import Usage
 from kvd.router.work import Request, Work
 
 _NOTHING = Matched()
-_LEARN_S = 1.0  # a worker's speed is learnt from its requests no more often: learning takes a millisecond
 
 
 @dataclass(slots=True, eq=False)
@@ -220,7 +219,7 @@ class Informed(LeastBusy):
 
     def _due(self, worker: str, what: str, now: float) -> bool:
         """Whether to learn from this one."""
-        if now - self._learnt.get((worker, what), -_LEARN_S) < _LEARN_S:
+        if now - self._learnt.get((worker, what), -LEARN_S) < LEARN_S:
             return False
         self._learnt[worker, what] = now
         return True

@@ -7,7 +7,8 @@
 and how long answers are.
 
 The priors are a 30-billion model's on four H100: right in shape for any dense transformer on any machine, and only the
-shape lasts beyond the first observations. Workers of one model on equal machines may share one `Rates`.
+shape lasts beyond the first observations. Until then a worker is taken to be as fast as others of its kind were: one
+that computes its first long prompt looked fast, and got everything, while the others were already known to be slow.
 """
 
 from typing import Final
@@ -16,6 +17,7 @@ from kvd.router.regression import Regression
 from kvd.router.work import Work
 
 PREFILL: Final = (0.01, 3e-5, 5e-10)
+LEARN_S: Final = 1.0  # nobody need tell of one worker more often: learning takes a millisecond
 CHUNK_TOKENS: Final = 8192
 ANSWER_TOKENS: Final = 256.0
 _ANSWERS: Final = 128  # that count for the mean
@@ -32,9 +34,22 @@ class Rates:
         self.chunk_tokens = chunk_tokens
         self.prefill = Regression(PREFILL)
         self.decode = Regression(DECODE)
-        self.answer_tokens = ANSWER_TOKENS  # of a mean answer
+        self._answer_tokens = ANSWER_TOKENS
         self._answers = 0
+        self._kind: Rates | None = None
         self.loads = {tier: Regression(prior) for tier, prior in LOAD.items()}
+
+    def follow(self, kind: "Rates") -> None:
+        """What is not known of this worker yet is believed to be as with all of its kind."""
+        self._kind = kind
+        self.prefill.like, self.decode.like = kind.prefill, kind.decode
+        for tier, load in self.loads.items():
+            load.like = kind.loads[tier]
+
+    @property
+    def answer_tokens(self) -> float:
+        """Of a mean answer."""
+        return self._answer_tokens if self._answers or self._kind is None else self._kind.answer_tokens
 
     def prefill_s(self, work: Work) -> float:
         prompt_s, token_s, pair_s = self.prefill.coefficients
@@ -59,8 +74,10 @@ class Rates:
 
     def answered(self, tokens: int) -> None:
         """An answer was so long."""
+        if self._kind is not None:
+            self._kind.answered(tokens)
         self._answers = min(_ANSWERS, self._answers + 1)
-        self.answer_tokens += (max(1, tokens) - self.answer_tokens) / self._answers
+        self._answer_tokens += (max(1, tokens) - self._answer_tokens) / self._answers
 
     def loaded(self, tier: str, tokens: int, seconds: float) -> None:
         """So many tokens' KV came in so long."""

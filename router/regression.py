@@ -6,8 +6,9 @@ The errors that count are relative, so that short and long ones weigh alike; an 
 others say counts less the farther it lies, so one that something got in the way of changes little. Only the last
 `_KEPT` are looked at: an engine that has changed is another one soon.
 
-The prior is a shape. What all observations together say is how fast this engine is; what they do not tell apart is
-split between the parts as in the prior.
+An engine that nothing was observed of is taken to be as fast as one it is `like`, which is told what all did that are
+like it. The prior is a shape. What all observations together say is how fast this engine is; what they do not tell
+apart is split between the parts as in the prior.
 """
 
 from collections import deque
@@ -34,14 +35,21 @@ class Regression:
         self._prior = tuple(prior)
         self._seen: deque[tuple[tuple[float, ...], float]] = deque(maxlen=_KEPT)
         self._new = 0
-        self.coefficients = self._prior
+        self._found = self._prior
         self.observed = 0
+        self.like: Regression | None = None  # believed until something is observed here; it is told of all that is
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self._found if self.observed or self.like is None else self.like.coefficients
 
     def observe(self, parts: Sequence[float], seconds: float) -> None:
         """It took so long. What took no time, or had nothing to do, says nothing."""
         expected = self._by(self._prior, parts)
         if not _SHORTEST_S <= seconds <= _LONGEST_S or expected < _SHORTEST_S:
             return
+        if self.like is not None:
+            self.like.observe(parts, seconds)
         self._seen.append((tuple(parts), seconds))
         self.observed += 1
         self._new += 1
@@ -69,7 +77,7 @@ class Regression:
             errors = [abs(sum(f * part for f, part in zip(found, row, strict=True)) - 1.0) for row in rows]
             far = _FAR * max(median(errors), _LEAST_ERROR)
             found = _not_negative(rows, [min(1.0, far / max(error, 1e-12)) for error in errors])
-        self.coefficients = tuple(f * c for f, c in zip(found, shape, strict=True))
+        self._found = tuple(f * c for f, c in zip(found, shape, strict=True))
 
 
 def _not_negative(rows: list[list[float]], weights: list[float]) -> list[float]:

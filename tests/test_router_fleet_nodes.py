@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd.router.fleet import membership, watch
+from kvd.router.fleet import fleet, membership, watch
 from kvd.router.fleet.nodes import NodeAt
 from tests import router_models
 from tests.fleet_harness import Publishing, World, describes, node
@@ -53,6 +53,18 @@ def test_blocks_count_while_the_nodes_stream_is_exact(worker: Publishing) -> Non
         assert world.fleet.describe()[f'node_exact{{node="{at.events}"}}'] == 0
         kvd.start()
         world.until(lambda: world.has([11, 12, 13]) == {worker.url: (8, 0, 0, 0, 0)})
+
+
+def test_credit_is_not_said_before_requests_get_it(worker: Publishing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "_LOOK_S", 1e9)
+    worker.events.do("store", 11)
+    with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
+        world.until(lambda: world.view(worker.url).credit)
+        assert world.fleet.manner(worker.url) is not None
+        entry = world.fleet._members.find(worker.url)
+        assert entry is not None
+        entry.manner = None  # as when the probe of its tokens has ended since the last look
+        assert (world.view(worker.url).credit, world.view(worker.url).why) == (False, fleet._SOON)
 
 
 def test_a_worker_that_makes_other_tokens_is_not_credited_with_blocks(worker: Publishing) -> None:

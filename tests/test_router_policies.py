@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvd.router.cost import Busy, cost, later_s, prefix, queue_s, room_s, step_s
+from kvd.router.cost import Busy, cost, later_s, prefix, queue_s, room_s, slowness, step_s
 from kvd.router.load import Load
 from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
 from kvd.router.policies.choice import Candidate, Matched, Policy
@@ -234,3 +234,19 @@ def test_the_queue_shrinks_while_its_head_is_computed() -> None:
     assert queue_s(Load(work.plus(work), work, 0.1), RATES) == pytest.approx(whole - 0.1)
     assert queue_s(Load(work.plus(work), work, 99.0), RATES) == pytest.approx(whole / 2)
     assert queue_s(Load(), RATES) == 0.0
+
+
+def test_a_worker_that_does_not_get_on_is_as_slow_as_it_looks() -> None:
+    work = Work.of(4000, 0)
+    alone_s = RATES.prefill_s(work)
+    for head_s, slow in ((0.0, 1.0), (1.9 * alone_s, 1.0), (2.5 * alone_s, 1.5), (101 * alone_s, 100.0)):
+        assert slowness(Load(work, work, head_s), RATES) == pytest.approx(slow)
+    assert slowness(Load(), RATES) == 1.0
+    mates = Work(4, 4 * work.tokens // 2, 4 * work.pairs / 2)  # one step computes them all
+    assert slowness(Load(mates, work, 2 * RATES.prefill_s(mates)), RATES) == 1.0
+    stuck, free = Load(work, work, 60.0), Load()
+    there, here = (cost(4000, Matched(gpu=3900), load, RATES, Busy(0.0, 0.0, 0.0, 0.0)) for load in (stuck, free))
+    assert there.compute_s > 10 * here.compute_s
+    assert cost(4000, Matched(), free, RATES, Busy(0.0, 0.0, 0.0, 0.0)).ttft_s < there.ttft_s, (
+        "its prefix does not help"
+    )

@@ -67,6 +67,24 @@ def test_what_observations_do_not_tell_apart_is_split_as_in_the_prior() -> None:
     )
 
 
+def test_a_worker_that_nothing_is_known_of_is_as_fast_as_its_kind() -> None:
+    kind, known, new = Rates(), Rates(), Rates()
+    known.follow(kind)
+    new.follow(kind)
+    work, slow = Work.of(1000, 0), 200 * sum(c * p for c, p in zip(PREFILL, Work.of(1000, 0), strict=True))
+    known.prefilled(work, slow)
+    known.decoded(1, 1000, 0.5)
+    known.answered(9)
+    assert known.prefill_s(work) == pytest.approx(slow, rel=0.01)
+    assert new.prefill_s(work) == pytest.approx(slow, rel=0.01)
+    assert (new.interval_s(1, 1000), new.answer_tokens) == (known.interval_s(1, 1000), 9)
+    new.prefilled(work, slow / 10)
+    new.answered(99)
+    assert new.prefill_s(work) == pytest.approx(slow / 10, rel=0.01), "what is known of itself comes first"
+    assert known.prefill_s(work) == pytest.approx(slow, rel=0.01), "and is its own"
+    assert (new.answer_tokens, known.answer_tokens, kind.answer_tokens) == (99, 9, 54)
+
+
 def test_loads_are_learnt_per_tier() -> None:
     rates = Rates(token_bytes=100_000)
     for tokens in (100, 1000, 5000, 20_000) * 10:

@@ -34,6 +34,8 @@ from kvd.router.steering import Worker
 
 _TICK_S: Final = 0.1
 _LOOK_S: Final = 1.0
+_SOON: Final = "it is known from the next look on, a moment from now"
+_Kind = tuple[str, int, int]  # model, bytes of a token's KV, most tokens of a prefill step
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Fleet:
         self._nodes = Nodes(options.nodes, options.index_blocks)
         self._members = Membership(self._watch, self._unwatch)
         self._credited: dict[Manner, dict[str, Member]] = {}  # who has blocks to be matched, by how it names them
+        self._kinds: dict[_Kind, Rates] = {}
         self._names: dict[str, set[str]] = {}  # what requests call what is served -> by whom
         self._group: asyncio.TaskGroup | None = None
         self._jobs: dict[Watch, asyncio.Task[None]] = {}
@@ -166,12 +169,15 @@ class Fleet:
             {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
         )
         self._credited, self._names = {}, {}
+        kinds, self._kinds = self._kinds, {}
         most: dict[tuple[str, str], int] = {}
         for name, entry in there.items():
             entry.manner, entry.link = entry.watch.credited, found.get(name, NO_LINK)
             if (one := told.get(name)) is None:
                 continue
             entry.rates.token_bytes, entry.rates.chunk_tokens = one.token_bytes, one.chunk_tokens
+            kind = (one.serving.model_path, one.token_bytes, one.chunk_tokens)
+            entry.rates.follow(self._kinds.setdefault(kind, kinds.get(kind) or Rates()))
             for called in one.names():
                 self._names.setdefault(called, set()).add(name)
             if (member := entry.link.member) is None:
@@ -199,7 +205,7 @@ class Fleet:
         if not verdict.credit:
             why, remedy = f"{verdict.what} {verdict.where}".rstrip(), verdict.remedy
         elif node:
-            why = self._nodes.why(node)
+            why = self._nodes.why(node) or ("" if entry.manner is not None else _SOON)
         return MemberView(
             entry.name, entry.state, entry.origin, watch.told.serving.served_name if watch.told else "", node, not why,
             why, remedy, watch.health.why, verdict.state, self._members.running(entry),

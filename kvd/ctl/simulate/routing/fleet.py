@@ -19,7 +19,7 @@ from kvd.router.load import ActiveLoad, Report
 from kvd.router.policies import named
 from kvd.router.policies.choice import Candidate, Draw, Matched, Policy
 from kvd.router.predicted import Predicted
-from kvd.router.rates import Rates
+from kvd.router.rates import LEARN_S, Rates
 from kvd.router.work import Request
 
 EVENT_LAG_S: Final = 0.02
@@ -30,7 +30,7 @@ POLICIES: Final = {name: made for name, made in named.POLICIES.items() if name !
 
 @dataclass(slots=True)
 class Fleet:
-    """`workers` alike, and one `Rates` for them; `policy` is one of POLICIES."""
+    """`workers` alike, as far as the router knows of one kind; `policy` is one of POLICIES."""
 
     engine: Engine
     block_tokens: int
@@ -45,7 +45,8 @@ class Fleet:
     _index: Index = field(init=False)
     _load: ActiveLoad = field(default_factory=ActiveLoad)
     _predicted: Predicted = field(default_factory=Predicted)
-    _rates: Rates = field(default_factory=Rates)
+    _rates: list[Rates] = field(init=False)
+    _learnt: dict[tuple[int, str], float] = field(default_factory=dict)  # worker and what -> when
     _news: deque[tuple[float, int, Changes]] = field(default_factory=deque)
     _due: list[tuple[float, int]] = field(default_factory=list)  # a heap; stale where a worker's step was cut short
     _reported_at: float = 0.0
@@ -53,7 +54,12 @@ class Fleet:
     def __post_init__(self) -> None:
         self.members = [Worker(self.engine, self.block_tokens, self.intervals) for _ in range(self.workers)]
         self._names = [f"worker{number}" for number in range(self.workers)]
-        self._policy = POLICIES[self.policy](self.draw, lambda worker: self._rates)
+        kind = Rates()
+        self._rates = [Rates() for _ in self._names]
+        for rates in self._rates:
+            rates.follow(kind)
+        by_name = dict(zip(self._names, self._rates, strict=True))
+        self._policy = POLICIES[self.policy](self.draw, by_name.__getitem__)
         self._index = Index(2 * self.workers * (self.engine.kv_tokens // self.block_tokens + 1))  # events come late
 
     def replay(self, prompts: Sequence[Prompt], scale: float = 1.0) -> None:
@@ -76,22 +82,29 @@ class Fleet:
                 heapq.heappush(due, (worker.until, number))
 
     def _hear(self, number: int, changes: Changes, now: float) -> None:
-        name = self._names[number]
+        name, rates = self._names[number], self._rates[number]
         for job in changes.first:
             served = self._load.first_token(str(job.number), now, job.cached)
             self._predicted.prefilled(str(job.number), name, now)
-            if served is not None:
-                self._rates.prefilled(*served)
+            if served is not None and self._learns(number, "prefill", now):
+                rates.prefilled(*served)
         for job in changes.ended:
             self._load.progressed(str(job.number), job.output)
-            load = self._load.at(name, now)
-            if job.output > 1:
+            if job.output > 1 and self._learns(number, "decode", now):
+                load = self._load.at(name, now)
                 each = (job.ended_at - job.first_at) / (job.output - 1)
-                self._rates.decoded(load.running, load.context_tokens, each)
-            self._rates.answered(job.output)
+                rates.decoded(load.running, load.context_tokens, each)
+            rates.answered(job.output)
             self._load.finished(str(job.number), now)
         if changes.stored or changes.removed:
             self._news.append((now + EVENT_LAG_S, number, changes))
+
+    def _learns(self, number: int, what: str, now: float) -> bool:
+        """As often as the router does."""
+        if now - self._learnt.get((number, what), -LEARN_S) < LEARN_S:
+            return False
+        self._learnt[number, what] = now
+        return True
 
     def _learn(self, now: float) -> None:
         """Events whose time has come, and reports."""
