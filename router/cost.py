@@ -26,15 +26,16 @@ had a choice, it keeps prompts where no room is.
 
 from typing import NamedTuple
 
+import msgspec
+
 from kvd.router.load import Load
 from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
-from kvd.router.work import Work
 
 _TIERS = ("ram", "nvme", "shared")  # the nearest first
 
 
-class Prefix(NamedTuple):
+class Prefix(msgspec.Struct, frozen=True, gc=False):
     """What becomes of a prompt there: computed from `cached` tokens on, of which some are loaded before."""
 
     cached: int
@@ -42,15 +43,13 @@ class Prefix(NamedTuple):
     compute_s: float
 
 
-class Busy(NamedTuple):
+class Busy(msgspec.Struct, frozen=True, gc=False):
     """How busy a worker is kept, and what its requests could do instead."""
 
     arrivals_per_s: float  # requests that come to it
     mean_per_s: float  # and that come to a worker on average
     load: float  # seconds of work that come to a worker in a second, below 1.0
-    elsewhere_s: (
-        float  # how much later a first token comes where it comes soonest but for the chosen worker, on average
-    )
+    elsewhere_s: float  # how much later first tokens would come if the chosen worker were not there, on average
 
 
 class Cost(NamedTuple):
@@ -74,16 +73,18 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
 
     A tier brings what is beyond the nearer ones. What is loaded is always a prefix: there are as many ways as tiers.
     """
-    covered, load_s = max(matched.gpu, matched.expected), 0.0
-    best = Prefix(covered, 0.0, rates.prefill_s(Work.of(tokens, covered)))
-    if max(matched) == covered:
+    gpu, ram, nvme, shared, expected = matched
+    covered = expected if expected > gpu else gpu
+    best = Prefix(covered, 0.0, rates.prompt_s(tokens, covered))
+    if ram <= covered and nvme <= covered and shared <= covered:
         return best
-    for tier, there in zip(_TIERS, matched[1:4], strict=True):
+    load_s = 0.0
+    for tier, there in zip(_TIERS, (ram, nvme, shared), strict=True):
         if there <= covered:
             continue
         load_s += rates.load_s(tier, there - covered)
         covered = there
-        compute_s = rates.prefill_s(Work.of(tokens, covered))
+        compute_s = rates.prompt_s(tokens, covered)
         if load_s + compute_s < best.load_s + best.compute_s:
             best = Prefix(covered, load_s, compute_s)
     return best
@@ -129,7 +130,7 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
     mates = (waiting.prompts - (behind < waiting.tokens)) * last / max(1, behind)
     if not mates:
         return 0.0
-    return mates * rates.prefill_s(Work.of(min(tokens, chunk - last), 0))
+    return mates * rates.prompt_s(min(tokens, chunk - last), 0)
 
 
 def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:

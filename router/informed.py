@@ -111,7 +111,8 @@ class Informed(LeastBusy):
         candidates = [self._candidate(load.worker.name, prompt, held.get(load.worker.name), now) for load in among]
         request = Request(asked.request.request_id, prompt.tokens, prompt.chain, prompt.block_tokens)
         choice = self.policy.choose(request, candidates, now)
-        worker, matched, load = choice.winner.candidate
+        won = choice.winner.candidate
+        worker, matched, load = won.worker, won.matched, won.load
         made = self.decisions.add(request, choice, now, tuple(asked.tried))
         chain, block_tokens = self._chain(worker, prompt)
         cached = max(matched)
