@@ -9,9 +9,10 @@ told its own, and the later one is found.
 """
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
+
+import msgspec
 
 from kvd.router.policies.choice import Choice, Matched, Scored
 from kvd.router.work import Request
@@ -21,8 +22,7 @@ MOST_SHOWN: Final = 32  # candidates
 _WORTH_SAYING_S: Final = 0.001
 
 
-@dataclass(slots=True)
-class Made:
+class Made(msgspec.Struct):
     """One decision. Times are the router's clock; None is not known, or not yet."""
 
     request: str

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from kvd import wire
 from kvd.daemon.stream import Stream
 from kvd.router.index import Index
-from kvd.router.matching import Member, matched
+from kvd.router.matching import Member, Members, matched
 from kvd.router.numbering import Numbering
 from kvd.router.policies.choice import Matched
 from kvd.router.view import View
@@ -15,11 +15,11 @@ from tests.publisher_model import stored
 A, B, OTHER = "http://a:1", "http://b:1", "ff" * 16
 MINE, SIDE = "01" * 16, "02" * 16
 CHAIN = list(range(100, 110))
-MEMBERS = {
+MEMBERS = Members({
     A: Member("n", A, 16, frozenset({MINE})),
     B: Member("n", B, 16, frozenset({MINE})),
     "http://far:1": Member("m", "http://far:1", 16, frozenset({MINE})),
-}
+})  # fmt: skip
 
 
 class World:
