@@ -24,8 +24,6 @@ looks cheap at any idle worker, keeps that one from its own prefixes, and their 
 had a choice, it keeps prompts where no room is.
 """
 
-from typing import NamedTuple
-
 import msgspec
 
 from kvd.router.load import Load
@@ -52,7 +50,7 @@ class Busy(msgspec.Struct, frozen=True, gc=False):
     elsewhere_s: float  # how much later first tokens would come if the chosen worker were not there, on average
 
 
-class Cost(NamedTuple):
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """Seconds, as above."""
 
     queue_s: float
@@ -66,6 +64,10 @@ class Cost(NamedTuple):
     @property
     def ttft_s(self) -> float:
         return self.queue_s + self.room_s + self.load_s + self.compute_s
+
+    @property
+    def total_s(self) -> float:
+        return self.ttft_s + self.interval_s + self.step_s + self.later_s
 
 
 def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
@@ -94,7 +96,9 @@ def queue_s(load: Load, rates: Rates) -> float:
     """Until all prompts that are before a new one are computed."""
     if not load.queued.prompts:
         return 0.0
-    return max(0.0, rates.prefill_s(load.queued) - min(load.head_s, rates.prefill_s(load.head)))
+    head_s, begun_s = rates.prefill_s(load.head), load.head_s
+    left_s = rates.prefill_s(load.queued) - (begun_s if begun_s < head_s else head_s)
+    return left_s if left_s > 0.0 else 0.0
 
 
 def room_s(tokens: int, load: Load, rates: Rates) -> float:
@@ -110,10 +114,13 @@ def room_s(tokens: int, load: Load, rates: Rates) -> float:
 
 def interval_s(tokens: int, compute_s: float, load: Load, rates: Rates) -> float:
     """Its own mean interval, and what others' grow by: longer steps, and the pause while its prompt is computed."""
-    others = load.running + load.queued.prompts
-    context = load.context_tokens + load.queued.tokens
-    now, then = rates.interval_s(others, context), rates.interval_s(others + 1, context + tokens)
-    return then + others * (then - now) + load.running * compute_s / rates.answer_tokens
+    running, (waiting, queued, _) = load.running, load.queued
+    context = load.context_tokens + queued
+    own, request_s, context_s = rates.decode.coefficients
+    others = running + waiting
+    now = own + request_s * others + context_s * context
+    then = own + request_s * (others + 1) + context_s * (context + tokens)
+    return then + others * (then - now) + running * compute_s / rates.answer_tokens
 
 
 def step_s(tokens: int, load: Load, rates: Rates) -> float:
@@ -121,13 +128,17 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
 
     Steps are filled from the first in line; the one in progress cannot grow any more.
     """
-    waiting, chunk = load.queued, rates.chunk_tokens
-    if not waiting.tokens:
+    (prompts, waiting, _), chunk = load.queued, rates.chunk_tokens
+    if not waiting:
         return 0.0
-    starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
-    behind = waiting.tokens - (min(chunk, load.head.tokens) if load.head_s > starts_s else 0)
+    behind, running = waiting, load.running
+    if load.head_s > (rates.interval_s(running, load.context_tokens) if running else 0.0):
+        behind -= min(chunk, load.head.tokens)
+        prompts -= behind < waiting
+    if not prompts or not behind:
+        return 0.0
     last = behind % chunk
-    mates = (waiting.prompts - (behind < waiting.tokens)) * last / max(1, behind)
+    mates = prompts * last / behind
     if not mates:
         return 0.0
     return mates * rates.prompt_s(min(tokens, chunk - last), 0)
@@ -139,7 +150,8 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
     Who comes before it begins waits for all of it. Who comes while it is being done waits for what is left of it, or
     goes elsewhere if that is faster: the mean worker's share of requests, as one that starts anew has no line yet.
     """
-    most_s = min(work_s, busy.elsewhere_s)
+    elsewhere_s = busy.elsewhere_s
+    most_s = work_s if work_s < elsewhere_s else elsewhere_s
     behind = busy.arrivals_per_s * ahead_s * work_s
     meanwhile = busy.mean_per_s * most_s * (work_s - most_s / 2)
     return (behind + meanwhile) / (1.0 - busy.load)
@@ -148,13 +160,16 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
     """Of a prompt of so many tokens at one worker."""
     there, ahead_s = prefix(tokens, matched, rates), queue_s(load, rates)
-    full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
+    load_s, compute_s = there.load_s, there.compute_s
+    full_s = room_s(tokens, load, rates) - ahead_s  # prompts before it are computed meanwhile
+    if full_s < 0.0:
+        full_s = 0.0
     return Cost(
         ahead_s,
         full_s,
-        there.load_s,
-        there.compute_s,
-        interval_s(tokens, there.compute_s, load, rates),
+        load_s,
+        compute_s,
+        interval_s(tokens, compute_s, load, rates),
         step_s(tokens - there.cached, load, rates),
-        later_s(there.load_s + there.compute_s, ahead_s + full_s, busy),
+        later_s(load_s + compute_s, ahead_s + full_s, busy),
     )

@@ -110,7 +110,7 @@ class Informed(LeastBusy):
     def _steered(self, among: Sequence[Standing], asked: Asked, now: float) -> Life:
         prompt: Prompt = asked.prompt
         held = self._knowledge.matched(prompt.chains, prompt.tokens) if prompt.chains else {}
-        candidates = self._candidates([load.worker.name for load in among], prompt, held, now)
+        candidates = self._candidates(among, prompt, held, now)
         request = Request(asked.request.request_id, prompt.tokens, prompt.chain, prompt.block_tokens)
         choice = self.policy.choose(request, candidates, now)
         won = choice.winner.candidate
@@ -132,20 +132,21 @@ class Informed(LeastBusy):
         return life
 
     def _candidates(
-        self, workers: Sequence[str], prompt: Prompt, held: Mapping[str, Matched], now: float
+        self, among: Sequence[Standing], prompt: Prompt, held: Mapping[str, Matched], now: float
     ) -> list[Candidate]:
-        load, predicted = self.load.at, self.predicted.match
+        manner_of, load_at, tokens, chains = self._knowledge.manner, self.load.at, prompt.tokens, prompt.chains
         candidates = []
-        for worker in workers:
+        for standing in among:
+            worker = standing.worker.name
             matched = held.get(worker, _NOTHING)
-            chain, block_tokens = self._chain(worker, prompt)
-            if chain:
+            if chains and (manner := manner_of(worker)) is not None and (chain := chains.get(manner)):
+                block_tokens = manner.scheme.page_tokens
                 known = matched.gpu // block_tokens
-                expected = predicted(worker, chain, now, known)
+                expected = self.predicted.match(worker, chain, now, known)
                 if expected > known:
                     gpu, ram, nvme, shared, _ = matched
-                    matched = Matched(gpu, ram, nvme, shared, min(expected * block_tokens, prompt.tokens))
-            candidates.append(Candidate(worker, matched, load(worker, now)))
+                    matched = Matched(gpu, ram, nvme, shared, min(expected * block_tokens, tokens))
+            candidates.append(Candidate(worker, matched, load_at(worker, now)))
         return candidates
 
     def _chain(self, worker: str, prompt: Prompt) -> tuple[Sequence[int], int]:

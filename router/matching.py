@@ -43,27 +43,26 @@ class Members:
 
 
 def matched(
-    found: Mapping[int, int], place: Callable[[int], Place | None], sure: Callable[[int], bool], members: Members,
-    tokens: int,
-) -> dict[str, Matched]:  # fmt: skip
+    found: Mapping[int, int], sure: Callable[[int], Place | None], members: Members, tokens: int
+) -> dict[str, Matched]:
     """Leading tokens of a prompt of `tokens` by worker and tier; workers that have nothing are left out.
 
-    `found`: leading blocks by holder, from `Index.match`. `sure`: whether all that this holder said is known.
+    `found`: leading blocks by holder, from `Index.match`. `sure`: where a holder is, if all that it said is known.
     """
+    of_worker, of_node = members.of_worker, members.of_node
     has: dict[str, list[int]] = {}  # tokens by tier
     for number, blocks in found.items():
-        where = place(number)
+        where = sure(number)
         if where is None or (tier := _TIERS.get(where.medium)) is None:
             continue
-        if where.worker:
-            there = members.of_worker.get((where.node, where.worker))
-        else:
-            there = members.of_node.get((where.node, where.namespace))
-        if there is None or not sure(number):
-            continue
-        for name, block_tokens in there:
+        node, worker, _, namespace, _ = where
+        for name, block_tokens in (of_worker.get((node, worker)) if worker else of_node.get((node, namespace))) or ():
+            there = blocks * block_tokens
+            if there > tokens:
+                there = tokens
             tiers = has.get(name)
             if tiers is None:
                 tiers = has[name] = [0, 0, 0, 0]
-            tiers[tier] = max(tiers[tier], min(blocks * block_tokens, tokens))
+            if there > tiers[tier]:
+                tiers[tier] = there
     return {name: Matched(*tiers) for name, tiers in has.items()}

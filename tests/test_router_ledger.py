@@ -16,7 +16,7 @@ def request(name: str = "r1", tokens: int = 4096) -> Request:
 
 
 def scored(worker: str, cost: float, ttft_s: float | None = None, **terms: float) -> Scored:
-    return Scored(Candidate(worker, Matched(), Load()), cost, tuple(terms), tuple(terms.values()), ttft_s)
+    return Scored(Candidate(worker, Matched(), Load()), cost, terms, ttft_s)
 
 
 # -- the ledger -------------------------------------------------------------------------------------------

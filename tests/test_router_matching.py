@@ -6,7 +6,7 @@ from kvd import wire
 from kvd.daemon.stream import Stream
 from kvd.router.index import Index
 from kvd.router.matching import Member, Members, matched
-from kvd.router.numbering import Numbering
+from kvd.router.numbering import Numbering, Place
 from kvd.router.policies.choice import Matched
 from kvd.router.view import View
 from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored, decode_changes, read_frames
@@ -43,7 +43,10 @@ class World:
 
     def matched(self, tokens: int = 165) -> Mapping[str, Matched]:
         assert self.view.why(1.0) == ""
-        return matched(self.index.match(CHAIN), self.numbers.place, self.index.exact, MEMBERS, tokens)
+        return matched(self.index.match(CHAIN), self.sure, MEMBERS, tokens)
+
+    def sure(self, number: int) -> Place | None:
+        return self.numbers.place(number) if self.index.exact(number) else None
 
 
 def has(medium: str, blocks: int, first: int = 0) -> Stored:

@@ -228,7 +228,7 @@ def decided(count: int, candidates: int = 2) -> Decisions:
     decisions = Decisions()
     for n in range(count):
         ranked = tuple(
-            Scored(Candidate(f"w{(n + k) % candidates}", Matched(), Load()), float(k), ("t",), (1.0,), 0.5)
+            Scored(Candidate(f"w{(n + k) % candidates}", Matched(), Load()), float(k), {"t": 1.0}, 0.5)
             for k in range(candidates)
         )
         decisions.add(Request(f"r{n}", 100, (), 64), Choice("kvd", ranked), float(n))
@@ -260,7 +260,7 @@ def test_recent_figures_are_of_a_minute_and_of_what_is_known() -> None:
 
 def test_recent_figures_of_a_busy_router_are_of_what_it_still_remembers() -> None:
     decisions = Decisions()
-    choice = Choice("kvd", (Scored(Candidate("w", Matched(), Load()), 1.0),))
+    choice = Choice("kvd", (Scored(Candidate("w", Matched(), Load()), 1.0, {}),))
     for n in range(3 * MOST):
         decisions.add(Request(f"r{n}", 1, (), 64), choice, n / 100)
     now = (3 * MOST - 1) / 100

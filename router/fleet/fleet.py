@@ -109,7 +109,7 @@ class Fleet:
         for manner, chain in chains.items():
             members = self._credited.get(manner)
             if members is not None and (found := nodes.index.match(chain)):
-                result |= matched(found, nodes.holders.place, nodes.sure, members, tokens)
+                result |= matched(found, nodes.sure, members, tokens)
         return result
 
     def rates(self, worker: str) -> Rates:

@@ -24,7 +24,7 @@ class Random:
         self._draw = draw
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
-        return by_cost(self.name, [Scored(each, 0.0) for each in candidates], lambda _: self._draw())
+        return by_cost(self.name, [Scored(each, 0.0, {}) for each in candidates], lambda _: self._draw())
 
 
 class RoundRobin:
@@ -39,7 +39,7 @@ class RoundRobin:
         last = self._last
         choice = by_cost(
             self.name,
-            [Scored(each, 0.0) for each in candidates],
+            [Scored(each, 0.0, {}) for each in candidates],
             lambda each: (each.candidate.worker <= last, each.candidate.worker),
         )
         self._last = choice.worker
@@ -59,7 +59,7 @@ class LeastBusy:
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
         choice = by_cost(
             self.name,
-            [Scored(each, float(each.load.requests), ("in flight",), (each.load.requests,)) for each in candidates],
+            [Scored(each, float(each.load.requests), {"in flight": each.load.requests}) for each in candidates],
             lambda each: self._chosen.get(each.candidate.worker, 0),
         )
         self._choices += 1
@@ -91,7 +91,7 @@ class CacheAware:
         parts = [self._matched(each.worker, request) / whole for each in candidates]
         follow = not uneven and max(parts) > self.THRESHOLD
         scored = [
-            Scored(each, -part if follow else float(load), ("matched part", "in flight"), (part, load))
+            Scored(each, -part if follow else float(load), {"matched part": part, "in flight": load})
             for each, part, load in zip(candidates, parts, loads, strict=True)
         ]
         choice = by_cost(self.name, scored, lambda each: 0)  # the first of equals: sglang issue 32983
@@ -130,7 +130,7 @@ class Dynamo:
         credit = (matched.gpu + self.HOST * host + self.DISK * disk) / block
         prefill = max(0.0, (load.queued.tokens + request.tokens) / block - credit)
         decode = (load.context_tokens + load.queued.tokens + request.tokens) / block
-        return Scored(each, prefill + decode, ("prefill blocks", "decode blocks"), (prefill, decode))
+        return Scored(each, prefill + decode, {"prefill blocks": prefill, "decode blocks": decode})
 
 
 class Lmetric:
@@ -148,4 +148,4 @@ class Lmetric:
     def _score(request: Request, each: Candidate) -> Scored:
         tokens = each.load.queued.tokens + request.tokens - max(each.matched.gpu, each.matched.ram)
         batch = each.load.requests
-        return Scored(each, (tokens + 1.0) * (batch + 1.0), ("new prefill tokens", "batch size"), (tokens, batch))
+        return Scored(each, (tokens + 1.0) * (batch + 1.0), {"new prefill tokens": tokens, "batch size": batch})

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import msgspec
+from msgspec.structs import asdict
 
 from kvd.router.load import Load
 from kvd.router.work import Request
@@ -38,18 +39,18 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
     """A candidate's cost, the less the better, and what it is made of: names and figures to show to people.
 
     `ttft_s`: when the first token is expected, if the policy knows; then cost and figures are seconds too.
+    `made_of`: the figures by name, or a record whose fields they are.
     """
 
     candidate: Candidate
     cost: float
-    names: Sequence[str] = ()
-    figures: Sequence[float] = ()
+    made_of: Mapping[str, float] | msgspec.Struct
     ttft_s: float | None = None
 
     @property
     def terms(self) -> Mapping[str, float]:
-        """The figures by their names."""
-        return dict(zip(self.names, self.figures, strict=True))
+        """The figures by name."""
+        return self.made_of if isinstance(self.made_of, Mapping) else asdict(self.made_of)
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 import xxhash
 
-from kvd.router.cost import Busy, Cost, cost
+from kvd.router.cost import Busy, cost
 from kvd.router.policies.choice import Candidate, Choice, Scored, by_cost
 from kvd.router.rates import Rates
 from kvd.router.work import Request
@@ -20,7 +20,6 @@ _MEMORY_S: Final = 30.0  # how long arrivals count
 _SHORTEST_S: Final = 1.0  # the least time that arrivals are counted over
 _FULL: Final = 0.95  # workers that get more than they can do catch up some day
 _FORGOTTEN: Final = 1e-4  # of an arrival
-_NAMES: Final = Cost._fields
 
 
 class _Recent(msgspec.Struct, gc=False):
@@ -56,7 +55,7 @@ class Kvd:
             arrivals_per_s = (came.arrivals / self._weight + 1.0) / window_s  # this one included
             busy = Busy(arrivals_per_s, mean.mean_per_s, mean.load, mean.elsewhere_s)
             terms = cost(tokens, each.matched, each.load, rates(each.worker), busy)
-            scored.append(Scored(each, sum(terms), _NAMES, terms, terms.ttft_s))
+            scored.append(Scored(each, terms.total_s, terms, terms.ttft_s))
         choice = by_cost(
             self.name,
             scored,
