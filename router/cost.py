@@ -24,17 +24,16 @@ looks cheap at any idle worker, keeps that one from its own prefixes, and their 
 had a choice, it keeps prompts where no room is.
 """
 
-from typing import NamedTuple
+import msgspec
 
 from kvd.router.load import Load
 from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
-from kvd.router.work import Work
 
 _TIERS = ("ram", "nvme", "shared")  # the nearest first
 
 
-class Prefix(NamedTuple):
+class Prefix(msgspec.Struct, frozen=True, gc=False):
     """What becomes of a prompt there: computed from `cached` tokens on, of which some are loaded before."""
 
     cached: int
@@ -42,18 +41,16 @@ class Prefix(NamedTuple):
     compute_s: float
 
 
-class Busy(NamedTuple):
+class Busy(msgspec.Struct, frozen=True, gc=False):
     """How busy a worker is kept, and what its requests could do instead."""
 
     arrivals_per_s: float  # requests that come to it
     mean_per_s: float  # and that come to a worker on average
     load: float  # seconds of work that come to a worker in a second, below 1.0
-    elsewhere_s: (
-        float  # how much later a first token comes where it comes soonest but for the chosen worker, on average
-    )
+    elsewhere_s: float  # how much later first tokens would come if the chosen worker were not there, on average
 
 
-class Cost(NamedTuple):
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """Seconds, as above."""
 
     queue_s: float
@@ -68,22 +65,28 @@ class Cost(NamedTuple):
     def ttft_s(self) -> float:
         return self.queue_s + self.room_s + self.load_s + self.compute_s
 
+    @property
+    def total_s(self) -> float:
+        return self.ttft_s + self.interval_s + self.step_s + self.later_s
+
 
 def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     """Where to stop loading and start computing, so that both together take least.
 
     A tier brings what is beyond the nearer ones. What is loaded is always a prefix: there are as many ways as tiers.
     """
-    covered, load_s = max(matched.gpu, matched.expected), 0.0
-    best = Prefix(covered, 0.0, rates.prefill_s(Work.of(tokens, covered)))
-    if max(matched) == covered:
+    gpu, ram, nvme, shared, expected = matched
+    covered = expected if expected > gpu else gpu
+    best = Prefix(covered, 0.0, rates.prompt_s(tokens, covered))
+    if ram <= covered and nvme <= covered and shared <= covered:
         return best
-    for tier, there in zip(_TIERS, matched[1:4], strict=True):
+    load_s = 0.0
+    for tier, there in zip(_TIERS, (ram, nvme, shared), strict=True):
         if there <= covered:
             continue
         load_s += rates.load_s(tier, there - covered)
         covered = there
-        compute_s = rates.prefill_s(Work.of(tokens, covered))
+        compute_s = rates.prompt_s(tokens, covered)
         if load_s + compute_s < best.load_s + best.compute_s:
             best = Prefix(covered, load_s, compute_s)
     return best
@@ -93,7 +96,9 @@ def queue_s(load: Load, rates: Rates, slow: float = 1.0) -> float:
     """Until all prompts that are before a new one are computed, by a worker that is so much slower than its rates."""
     if not load.queued.prompts:
         return 0.0
-    return max(0.0, slow * rates.prefill_s(load.queued) - min(load.head_s, slow * rates.prefill_s(load.head)))
+    head_s, begun_s = slow * rates.prefill_s(load.head), load.head_s
+    left_s = slow * rates.prefill_s(load.queued) - (begun_s if begun_s < head_s else head_s)
+    return left_s if left_s > 0.0 else 0.0
 
 
 def slowness(load: Load, rates: Rates) -> float:
@@ -102,11 +107,11 @@ def slowness(load: Load, rates: Rates) -> float:
     The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as expected
     says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
     """
-    if not load.queued.tokens:
+    if not load.queued.tokens or load.head_s <= 2.0 * (head_s := rates.prefill_s(load.head)):
         return 1.0
     part = min(1.0, rates.chunk_tokens / load.queued.tokens)
     starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
-    expected_s = starts_s + max(rates.prefill_s(load.head), part * rates.prefill_s(load.queued))
+    expected_s = starts_s + max(head_s, part * rates.prefill_s(load.queued))
     return max(1.0, load.head_s / max(expected_s, 1e-9) - 1.0)
 
 
@@ -123,10 +128,13 @@ def room_s(tokens: int, load: Load, rates: Rates) -> float:
 
 def interval_s(tokens: int, compute_s: float, load: Load, rates: Rates) -> float:
     """Its own mean interval, and what others' grow by: longer steps, and the pause while its prompt is computed."""
-    others = load.running + load.queued.prompts
-    context = load.context_tokens + load.queued.tokens
-    now, then = rates.interval_s(others, context), rates.interval_s(others + 1, context + tokens)
-    return then + others * (then - now) + load.running * compute_s / rates.answer_tokens
+    running, (waiting, queued, _) = load.running, load.queued
+    context = load.context_tokens + queued
+    own, request_s, context_s = rates.decode.coefficients
+    others = running + waiting
+    now = own + request_s * others + context_s * context
+    then = own + request_s * (others + 1) + context_s * (context + tokens)
+    return then + others * (then - now) + running * compute_s / rates.answer_tokens
 
 
 def step_s(tokens: int, load: Load, rates: Rates) -> float:
@@ -134,16 +142,20 @@ def step_s(tokens: int, load: Load, rates: Rates) -> float:
 
     Steps are filled from the first in line; the one in progress cannot grow any more.
     """
-    waiting, chunk = load.queued, rates.chunk_tokens
-    if not waiting.tokens:
+    (prompts, waiting, _), chunk = load.queued, rates.chunk_tokens
+    if not waiting:
         return 0.0
-    starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
-    behind = waiting.tokens - (min(chunk, load.head.tokens) if load.head_s > starts_s else 0)
+    behind, running = waiting, load.running
+    if load.head_s > (rates.interval_s(running, load.context_tokens) if running else 0.0):
+        behind -= min(chunk, load.head.tokens)
+        prompts -= behind < waiting
+    if not prompts or not behind:
+        return 0.0
     last = behind % chunk
-    mates = (waiting.prompts - (behind < waiting.tokens)) * last / max(1, behind)
+    mates = prompts * last / behind
     if not mates:
         return 0.0
-    return mates * rates.prefill_s(Work.of(min(tokens, chunk - last), 0))
+    return mates * rates.prompt_s(min(tokens, chunk - last), 0)
 
 
 def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
@@ -152,7 +164,8 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
     Who comes before it begins waits for all of it. Who comes while it is being done waits for what is left of it, or
     goes elsewhere if that is faster: the mean worker's share of requests, as one that starts anew has no line yet.
     """
-    most_s = min(work_s, busy.elsewhere_s)
+    elsewhere_s = busy.elsewhere_s
+    most_s = work_s if work_s < elsewhere_s else elsewhere_s
     behind = busy.arrivals_per_s * ahead_s * work_s
     meanwhile = busy.mean_per_s * most_s * (work_s - most_s / 2)
     return (behind + meanwhile) / (1.0 - busy.load)
@@ -161,14 +174,17 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
 def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
     """Of a prompt of so many tokens at one worker."""
     there, slow = prefix(tokens, matched, rates), slowness(load, rates)
-    ahead_s, compute_s = queue_s(load, rates, slow), slow * there.compute_s
-    full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
+    ahead_s = queue_s(load, rates, slow)
+    load_s, compute_s = there.load_s, slow * there.compute_s
+    full_s = room_s(tokens, load, rates) - ahead_s  # prompts before it are computed meanwhile
+    if full_s < 0.0:
+        full_s = 0.0
     return Cost(
         ahead_s,
         full_s,
-        there.load_s,
+        load_s,
         compute_s,
         interval_s(tokens, compute_s, load, rates),
         slow * step_s(tokens - there.cached, load, rates),
-        later_s(there.load_s + compute_s, ahead_s + full_s, busy),
+        later_s(load_s + compute_s, ahead_s + full_s, busy),
     )

@@ -9,9 +9,10 @@ told its own, and the later one is found.
 """
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
+
+import msgspec
 
 from kvd.router.policies.choice import Choice, Matched, Scored
 from kvd.router.work import Request
@@ -21,8 +22,7 @@ MOST_SHOWN: Final = 32  # candidates
 _WORTH_SAYING_S: Final = 0.001
 
 
-@dataclass(slots=True)
-class Made:
+class Made(msgspec.Struct):
     """One decision. Times are the router's clock; None is not known, or not yet."""
 
     request: str
@@ -97,8 +97,8 @@ def why(made: Made) -> str:
     if len(made.ranked) == 1:
         return f"{made.worker} was the only one that could take it"
     second = made.ranked[1]
-    names = dict.fromkeys((*winner.terms, *second.terms))
-    gains = {name: second.terms.get(name, 0.0) - winner.terms.get(name, 0.0) for name in names}
+    ours, others = winner.terms, second.terms
+    gains = {name: others.get(name, 0.0) - ours.get(name, 0.0) for name in dict.fromkeys((*ours, *others))}
     if winner.cost == second.cost:
         return f"{made.worker} and {second.candidate.worker} cost the same; chance or free memory decided"
     known = winner.ttft_s is not None

@@ -13,9 +13,10 @@ Always true: what a choice put into load, predicted blocks and ledger is taken o
 here, the request still goes to some worker. Everything that is remembered is bounded.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from kvd.router.decisions import Decisions, Made
 from kvd.router.knowledge import Knowledge
@@ -34,8 +35,7 @@ from kvd.router.work import Request, Work
 _NOTHING = Matched()
 
 
-@dataclass(slots=True, eq=False)
-class Life:
+class Life(msgspec.Struct, eq=False):
     """One request at one worker: the note of its choice."""
 
     id: str  # the router's own: clients may give one of theirs twice
@@ -91,8 +91,10 @@ class Informed(LeastBusy):
 
     def _serving(self, model: str | None) -> Sequence[Standing]:
         """Whoever has that model; all where nobody has, so that the client hears it from a worker."""
-        serves, loads = self._knowledge.serves, self._loads
-        return [load for name, load in loads.items() if serves(name, model)] or list(loads.values())
+        names, loads = self._knowledge.serving(model), self._loads
+        if names is None:
+            return list(loads.values())
+        return [load for name, load in loads.items() if name in names] or list(loads.values())
 
     def _pick(self, among: Sequence[Standing], asked: Asked, now: float) -> tuple[Standing, Any]:
         if asked.prompt is None:
@@ -107,10 +109,11 @@ class Informed(LeastBusy):
     def _steered(self, among: Sequence[Standing], asked: Asked, now: float) -> Life:
         prompt: Prompt = asked.prompt
         held = self._knowledge.matched(prompt.chains, prompt.tokens) if prompt.chains else {}
-        candidates = [self._candidate(load.worker.name, prompt, held.get(load.worker.name), now) for load in among]
+        candidates = self._candidates(among, prompt, held, now)
         request = Request(asked.request.request_id, prompt.tokens, prompt.chain, prompt.block_tokens)
         choice = self.policy.choose(request, candidates, now)
-        worker, matched, load = choice.winner.candidate
+        won = choice.winner.candidate
+        worker, matched, load = won.worker, won.matched, won.load
         made = self.decisions.add(request, choice, now, tuple(asked.tried))
         chain, block_tokens = self._chain(worker, prompt)
         cached = max(matched)
@@ -127,15 +130,23 @@ class Informed(LeastBusy):
             self.predicted.sent(life.id, worker, chain[matched.gpu // block_tokens :])
         return life
 
-    def _candidate(self, worker: str, prompt: Prompt, has: Matched | None, now: float) -> Candidate:
-        matched = has or _NOTHING
-        chain, block_tokens = self._chain(worker, prompt)
-        if chain:
-            known = matched.gpu // block_tokens
-            expected = self.predicted.match(worker, chain, now, known)
-            if expected > known:
-                matched = matched._replace(expected=min(expected * block_tokens, prompt.tokens))
-        return Candidate(worker, matched, self.load.at(worker, now))
+    def _candidates(
+        self, among: Sequence[Standing], prompt: Prompt, held: Mapping[str, Matched], now: float
+    ) -> list[Candidate]:
+        manner_of, load_at, tokens, chains = self._knowledge.manner, self.load.at, prompt.tokens, prompt.chains
+        candidates = []
+        for standing in among:
+            worker = standing.worker.name
+            matched = held.get(worker, _NOTHING)
+            if chains and (manner := manner_of(worker)) is not None and (chain := chains.get(manner)):
+                block_tokens = manner.scheme.page_tokens
+                known = matched.gpu // block_tokens
+                expected = self.predicted.match(worker, chain, now, known)
+                if expected > known:
+                    gpu, ram, nvme, shared, _ = matched
+                    matched = Matched(gpu, ram, nvme, shared, min(expected * block_tokens, tokens))
+            candidates.append(Candidate(worker, matched, load_at(worker, now)))
+        return candidates
 
     def _chain(self, worker: str, prompt: Prompt) -> tuple[Sequence[int], int]:
         """The prompt's blocks as this worker names them; none where it has no credit."""

@@ -4,7 +4,7 @@ Everything here answers at once, from what was heard before. What is not sure is
 `Manner` is chosen by its load alone, and why it has none is the fleet's to say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +25,8 @@ class Manner:
 class Knowledge(Protocol):
     """Of the workers by their names, which are kvd.router.steering.Worker's."""
 
-    def serves(self, worker: str, model: object) -> bool:
-        """Whether it may be asked for what a request calls `model`; True where that is not known."""
+    def serving(self, model: str | None) -> Container[str] | None:
+        """Who may be asked for what a request calls `model`; None: everybody, as far as is known."""
 
     def manner(self, worker: str) -> Manner | None:
         """None: no prefix credit."""

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kvd.router.queue import FairQueue
 from kvd.router.steering import Busy, Choice, Incoming, Outcome, Worker
 
@@ -34,8 +36,7 @@ class Standing:
     rests_until: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, eq=False):
     """A request that wants a worker. `prompt`: what a steering that knows more has found out about it."""
 
     request: Incoming

@@ -20,7 +20,10 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
+from math import inf
 from typing import Final, NamedTuple
+
+import msgspec
 
 from kvd.router.work import NO_WORK, Work
 
@@ -31,7 +34,7 @@ STALE_REPORT_S: Final = 15.0  # SGLang publishes at least once a second
 SLICE_S: Final = 4.0
 
 
-class Load(NamedTuple):
+class Load(msgspec.Struct, frozen=True, gc=False):
     """One worker, now."""
 
     queued: Work = NO_WORK  # sent and not prefilled
@@ -44,6 +47,9 @@ class Load(NamedTuple):
     @property
     def requests(self) -> int:
         return self.queued.prompts + self.running
+
+
+_IDLE: Final = Load()
 
 
 class Report(NamedTuple):
@@ -64,18 +70,13 @@ class Served(NamedTuple):
     seconds: float
 
 
-@dataclass(slots=True)
-class _Flight:
+class _Flight(msgspec.Struct):
     worker: str
     sent_at: float
     tokens: int  # prompt and answer so far
     work: Work
     first_at: float | None = None
-
-
-class _Left(NamedTuple):
-    flight: _Flight
-    at: float
+    left_at: float = inf
 
 
 @dataclass(slots=True)
@@ -91,6 +92,8 @@ class _Others:
 
 @dataclass(slots=True)
 class _Worker:
+    """`fresh`, `taken`, `line` and `load` follow from the rest: kept so that a look need not walk over requests."""
+
     waiting: OrderedDict[str, _Flight] = field(default_factory=OrderedDict)
     whole: int = 0  # tokens of the prompts that wait, cached or not
     queued: Work = NO_WORK
@@ -100,10 +103,15 @@ class _Worker:
     slice_work: Work = NO_WORK
     slice_s: float = 0.0
     flights: dict[str, _Flight] = field(default_factory=dict)
-    left: deque[_Left] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
+    left: deque[_Flight] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
     report: Report | None = None
     others: _Others = field(default_factory=_Others)
     sharing: float = 1.0  # KV memory that requests hold, by their tokens: what several have in common is there once
+    fresh: int = 0  # that run, and were sent after the report
+    taken: int = 0  # tokens of those, less those of what was sent before it, ran, and has left since
+    line: tuple[Work, Work] | None = None  # what is queued by the report, and its head; None: look anew
+    load: Load | None = None  # as it was believed at the last look, but for `head_s`; None: look anew
+    believed: bool = False  # the report, at the last look
 
 
 class ActiveLoad:
@@ -121,13 +129,14 @@ class ActiveLoad:
     def sent(self, request: str, worker: str, tokens: int, cached: int, now: float) -> None:
         """A prompt is on its way; `cached` of its tokens should be there already. An id that is known moves."""
         self.finished(request, now)
-        there = self._workers.setdefault(worker, _Worker())
+        there = self._at(worker)
         flight = _Flight(worker, now, tokens, Work.of(tokens, cached))
         if not there.waiting:
             there.since = now
         self._flights[request] = there.flights[request] = there.waiting[request] = flight
         there.queued = there.queued.plus(flight.work)
         there.whole += tokens
+        there.line = there.load = None
 
     def first_token(self, request: str, now: float, cached: int | None = None) -> Served | None:
         """Its prefill is over, and the engine may have said how much was cached.
@@ -142,6 +151,9 @@ class ActiveLoad:
         flight.first_at = now
         there.running += 1
         there.context += flight.tokens
+        if _fresh(flight, there):
+            there.fresh += 1
+            there.taken += flight.tokens
         there.slice_work = there.slice_work.plus(flight.work if cached is None else Work.of(flight.tokens, cached))
         there.slice_s += now - there.since
         there.since = now
@@ -154,13 +166,17 @@ class ActiveLoad:
     def progressed(self, request: str, tokens: int) -> None:
         """So many more tokens of the answer came."""
         flight = self._flights.get(request)
-        if flight is not None:
-            flight.tokens += tokens
-            there = self._workers[flight.worker]
-            if flight.first_at is None:
-                there.whole += tokens
-            else:
-                there.context += tokens
+        if flight is None:
+            return
+        flight.tokens += tokens
+        there = self._workers[flight.worker]
+        there.load = None
+        if flight.first_at is None:
+            there.whole += tokens
+            return
+        there.context += tokens
+        if _fresh(flight, there):
+            there.taken += tokens
 
     def finished(self, request: str, now: float) -> None:
         """It is over, whatever became of it."""
@@ -175,7 +191,12 @@ class ActiveLoad:
         else:
             there.running -= 1
             there.context -= flight.tokens
-        there.left.append(_Left(flight, now))
+            there.fresh -= _fresh(flight, there)
+            if there.report is not None and now > there.report.made_at:
+                there.taken -= flight.tokens
+        flight.left_at = now
+        there.left.append(flight)
+        there.load = None
 
     def forget(self, worker: str) -> None:
         """The worker has gone, and what was there with it."""
@@ -187,7 +208,7 @@ class ActiveLoad:
 
     def reported(self, worker: str, report: Report) -> None:
         """One that is older than the last is not heard."""
-        there = self._workers.setdefault(worker, _Worker())
+        there = self._at(worker)
         if there.report is not None and report.made_at <= there.report.made_at:
             return
         there.report = report
@@ -211,70 +232,105 @@ class ActiveLoad:
             max(0, -more),
             max(0, -more_tokens),
         )
+        there.fresh, there.taken = _since(there, report.made_at)
+        there.line = there.load = None
 
     def at(self, worker: str, now: float) -> Load:
         """A worker that nobody has heard of is idle."""
         there = self._workers.get(worker)
         if there is None:
-            return Load()
-        head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
-        load = Load(there.queued, head, now - there.since if there.waiting else 0.0, there.running, there.context)
-        report = there.report
-        if report is None or now - report.made_at > STALE_REPORT_S:
+            return _IDLE
+        report, load = there.report, there.load
+        believed = report is not None and now - report.made_at <= STALE_REPORT_S
+        if load is None or there.believed is not believed:
+            load = there.load = _corrected(there, report) if report is not None and believed else _own(there)
+            there.believed = believed
+        if not there.waiting:
             return load
-        return _corrected(load, there, report)
+        # What was done before the report is not waiting any more.
+        since = max(there.since, report.made_at) if report is not None and believed else there.since
+        return Load(load.queued, load.head, now - since, load.running, load.context_tokens, load.free_tokens)
 
     # -- inside -------------------------------------------------------------------------------------------
+
+    def _at(self, worker: str) -> _Worker:
+        there = self._workers.get(worker)
+        if there is None:
+            there = self._workers[worker] = _Worker()
+        return there
 
     @staticmethod
     def _no_longer_waits(request: str, flight: _Flight, there: _Worker) -> None:
         del there.waiting[request]
         there.queued = there.queued.minus(flight.work) if there.waiting else NO_WORK
         there.whole -= flight.tokens
-        others = there.others
-        if there.report is None or flight.sent_at > there.report.made_at:
+        there.line = there.load = None
+        if there.report is None or _fresh(flight, there):
             return
+        others = there.others
         others.ahead_tokens = max(0, others.ahead_tokens - flight.work.tokens)
         if others.ahead:
             others.ahead -= 1
             others.running -= 1
 
 
+def _fresh(flight: _Flight, there: _Worker) -> bool:
+    """Whether it was sent after the worker's report."""
+    return there.report is not None and flight.sent_at > there.report.made_at
+
+
 def _present(there: _Worker, at: float) -> Iterator[_Flight]:
     """Our requests that were at the worker at that moment."""
     yield from (flight for flight in there.flights.values() if flight.sent_at <= at)
-    yield from (left.flight for left in there.left if left.flight.sent_at <= at < left.at)
+    yield from (left for left in there.left if left.sent_at <= at < left.left_at)
 
 
-def _corrected(load: Load, there: _Worker, report: Report) -> Load:
-    """What is ours and sent since is certain; the rest is what the engine said, less what has ended since."""
-    others, queued, head, head_s = there.others, load.queued, load.head, load.head_s
-    running, taken, ahead = 0, 0, others.ahead_tokens
-    for flight in takewhile(lambda flight: flight.sent_at > report.made_at, reversed(there.flights.values())):
+def _since(there: _Worker, at: float) -> tuple[int, int]:
+    """`fresh` and `taken` of a report of that moment."""
+    fresh = taken = 0
+    for flight in takewhile(lambda flight: flight.sent_at > at, reversed(there.flights.values())):
         if flight.first_at is not None:
-            running += 1
+            fresh += 1
             taken += flight.tokens
-    for left in takewhile(lambda left: left.at > report.made_at, reversed(there.left)):
-        if left.flight.sent_at <= report.made_at and left.flight.first_at is not None:
-            taken -= left.flight.tokens
+    for left in takewhile(lambda left: left.left_at > at, reversed(there.left)):
+        if left.sent_at <= at and left.first_at is not None:
+            taken -= left.tokens
+    return fresh, taken
+
+
+def _own(there: _Worker) -> Load:
+    """What is known without a report."""
+    head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
+    return Load(there.queued, head, 0.0, there.running, there.context)
+
+
+def _corrected(there: _Worker, report: Report) -> Load:
+    """What is ours and sent since is certain; the rest is what the engine said, less what has ended since."""
+    others = there.others
+    queued, head = there.line = there.line or _line(there, report)
+    running = max(there.fresh, there.running + others.running)
+    each = report.used_tokens / max(1, report.running + report.waiting)
+    claimed = report.used_tokens + there.taken + round(there.sharing * there.whole) + others.tokens
+    return Load(
+        queued,
+        head,
+        0.0,
+        running,
+        max(0, there.context + round(each * (running - there.running))),
+        min(report.most_tokens, report.most_tokens - claimed),
+    )
+
+
+def _line(there: _Worker, report: Report) -> tuple[Work, Work]:
+    """What is queued, and the head of it: of ours that wait the first are computed as far as the engine is ahead."""
+    others, queued, head, ahead = there.others, there.queued, NO_WORK, there.others.ahead_tokens
     for flight in there.waiting.values():
-        head = flight.work.rest(ahead)
-        queued = queued.minus(flight.work).plus(head)
-        ahead -= flight.work.tokens - head.tokens
+        head = flight.work.rest(ahead) if ahead else flight.work
+        if ahead:
+            queued = queued.minus(flight.work).plus(head)
+            ahead -= flight.work.tokens - head.tokens
         if head.tokens or flight.sent_at > report.made_at:
             break
-    if there.waiting and there.since < report.made_at:  # what was done before is not waiting any more
-        head_s -= report.made_at - there.since
     if others.waiting:
         queued = queued.plus(Work(others.waiting, others.tokens, others.tokens * others.tokens / others.waiting / 2))
-    running = max(running, load.running + others.running)
-    each = report.used_tokens / max(1, report.running + report.waiting)
-    claimed = report.used_tokens + taken + round(there.sharing * there.whole) + others.tokens
-    return load._replace(
-        queued=queued,
-        head=head,
-        head_s=head_s,
-        running=running,
-        context_tokens=max(0, load.context_tokens + round(each * (running - load.running))),
-        free_tokens=min(report.most_tokens, report.most_tokens - claimed),
-    )
+    return queued, head

@@ -30,34 +30,39 @@ class Member:
     namespaces: frozenset[str] = frozenset()
 
 
+class Members:
+    """Workers that name blocks alike, by where what they may use lies."""
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self.of_worker: dict[tuple[str, str], list[tuple[str, int]]] = {}  # (node, URL there) -> names, block tokens
+        self.of_node: dict[tuple[str, str], list[tuple[str, int]]] = {}  # (node, namespace)
+        for name, member in members.items():
+            self.of_worker.setdefault((member.node, member.worker), []).append((name, member.block_tokens))
+            for namespace in member.namespaces:
+                self.of_node.setdefault((member.node, namespace), []).append((name, member.block_tokens))
+
+
 def matched(
-    found: Mapping[int, int], place: Callable[[int], Place | None], sure: Callable[[int], bool],
-    members: Mapping[str, Member], tokens: int,
-) -> dict[str, Matched]:  # fmt: skip
+    found: Mapping[int, int], sure: Callable[[int], Place | None], members: Members, tokens: int
+) -> dict[str, Matched]:
     """Leading tokens of a prompt of `tokens` by worker and tier; workers that have nothing are left out.
 
-    `found`: leading blocks by holder, from `Index.match`. `sure`: whether all that this holder said is known.
+    `found`: leading blocks by holder, from `Index.match`. `sure`: where a holder is, if all that it said is known.
     """
-    of_worker: dict[tuple[str, str], list[int]] = {}  # (node, URL there) -> blocks by tier
-    of_node: dict[str, dict[str, list[int]]] = {}  # and by namespace
+    of_worker, of_node = members.of_worker, members.of_node
+    has: dict[str, list[int]] = {}  # tokens by tier
     for number, blocks in found.items():
-        where = place(number)
-        if where is None or (tier := _TIERS.get(where.medium)) is None or not sure(number):
+        where = sure(number)
+        if where is None or (tier := _TIERS.get(where.medium)) is None:
             continue
-        if where.worker:
-            has = of_worker.setdefault((where.node, where.worker), [0, 0, 0, 0])
-        else:
-            has = of_node.setdefault(where.node, {}).setdefault(where.namespace, [0, 0, 0, 0])
-        has[tier] = max(blocks, has[tier])
-    result: dict[str, Matched] = {}
-    for name, member in members.items():
-        own = of_worker.get((member.node, member.worker))
-        pages = of_node.get(member.node)
-        if pages is not None:
-            for namespace in member.namespaces:
-                if (there := pages.get(namespace)) is not None:
-                    own = there if own is None else list(map(max, own, there))
-        if own is not None:
-            each = member.block_tokens
-            result[name] = Matched(*[min(blocks * each, tokens) if blocks else 0 for blocks in own])
-    return result
+        node, worker, _, namespace, _ = where
+        for name, block_tokens in (of_worker.get((node, worker)) if worker else of_node.get((node, namespace))) or ():
+            there = blocks * block_tokens
+            if there > tokens:
+                there = tokens
+            tiers = has.get(name)
+            if tiers is None:
+                tiers = has[name] = [0, 0, 0, 0]
+            if there > tiers[tier]:
+                tiers[tier] = there
+    return {name: Matched(*tiers) for name, tiers in has.items()}

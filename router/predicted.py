@@ -37,12 +37,15 @@ class Predicted:
 
     def sent(self, request: str, worker: str, chain: Sequence[int]) -> None:
         """These blocks are going to be there: of a prompt those that were not known to be."""
-        there = self._workers.setdefault(worker, _Worker())
+        there = self._workers.get(worker)
+        if there is None:
+            there = self._workers[worker] = _Worker()
         self._drop(there, request)
         there.entries[request] = chain
+        blocks = there.blocks
         for block in chain:
-            there.blocks[block] = there.blocks.get(block, 0) + 1
-        while len(there.blocks) > self._most:
+            blocks[block] = blocks.get(block, 0) + 1
+        while len(blocks) > self._most:
             self._drop(there, next(iter(there.entries)))
 
     def prefilled(self, request: str, worker: str, now: float) -> None:
@@ -67,7 +70,8 @@ class Predicted:
         there = self._workers.get(worker)
         if there is None:
             return known
-        self._expire(there, now)
+        if there.ending and there.ending[0][0] <= now:
+            self._expire(there, now)
         blocks = there.blocks
         if len(chain) <= known or chain[known] not in blocks:
             return known

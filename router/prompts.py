@@ -112,7 +112,8 @@ class Prompts:
 
     def _manners(self, workers: Sequence[str], model: str | None) -> list[Manner]:
         known = self._knowledge
-        serving = [worker for worker in workers if known.serves(worker, model)] or workers
+        names = known.serving(model)
+        serving = workers if names is None else [worker for worker in workers if worker in names] or workers
         return list(dict.fromkeys(manner for worker in serving if (manner := known.manner(worker)) is not None))
 
 

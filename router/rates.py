@@ -55,6 +55,14 @@ class Rates:
         prompt_s, token_s, pair_s = self.prefill.coefficients
         return prompt_s * work.prompts + token_s * work.tokens + pair_s * work.pairs
 
+    def prompt_s(self, tokens: int, cached: int) -> float:
+        """`prefill_s` of one prompt, `cached` tokens of which need not be computed."""
+        prompt_s, token_s, pair_s = self.prefill.coefficients
+        if cached >= tokens:
+            cached = tokens - 1
+        new = tokens - cached
+        return prompt_s + token_s * new + pair_s * (new * (cached + new / 2))
+
     def interval_s(self, running: int, context_tokens: float) -> float:
         """Between two tokens of a request, `running` of them at once."""
         step_s, request_s, context_s = self.decode.coefficients

@@ -50,22 +50,23 @@ class Seen:
 
     def _known(self, words: "array[int]", chain: Sequence[int]) -> int:
         """How many leading blocks are in: in steps that double, then halve."""
+        place, whole = self._place, len(chain)
         low, step = 0, 1  # all below `low` are in
-        while low + step <= len(chain) and self._in(words, chain[low + step - 1]):
+        while low + step <= whole:
+            at, mask = place(chain[low + step - 1])
+            if words[at] & mask != mask:
+                break
             low += step
             step *= 2
-        high = min(len(chain), low + step - 1)  # what begins there is not
+        high = min(whole, low + step - 1)  # what begins there is not
         while low < high:
             middle = (low + high + 1) // 2
-            if self._in(words, chain[middle - 1]):
+            at, mask = place(chain[middle - 1])
+            if words[at] & mask == mask:
                 low = middle
             else:
                 high = middle - 1
         return low
-
-    def _in(self, words: "array[int]", block: int) -> bool:
-        at, mask = self._place(block)
-        return words[at] & mask == mask
 
     def _place(self, block: int) -> tuple[int, int]:
         mixed = block * _MIX & _WORD

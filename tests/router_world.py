@@ -39,8 +39,8 @@ class Table:
         self.blocks: dict[str, set[int]] = {worker: set() for worker in workers}
         self.rate = Rates()
 
-    def serves(self, worker: str, model: object) -> bool:
-        return model is None or self.models.get(worker, model) == model
+    def serving(self, model: str | None) -> set[str] | None:
+        return None if model is None else {name for name in self.manners if self.models.get(name, model) == model}
 
     def manner(self, worker: str) -> Manner | None:
         return self.manners.get(worker)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from kvd import wire
 from kvd.daemon.stream import Stream
 from kvd.router.index import Index
-from kvd.router.matching import Member, matched
-from kvd.router.numbering import Numbering
+from kvd.router.matching import Member, Members, matched
+from kvd.router.numbering import Numbering, Place
 from kvd.router.policies.choice import Matched
 from kvd.router.view import View
 from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored, decode_changes, read_frames
@@ -15,11 +15,11 @@ from tests.publisher_model import stored
 A, B, OTHER = "http://a:1", "http://b:1", "ff" * 16
 MINE, SIDE = "01" * 16, "02" * 16
 CHAIN = list(range(100, 110))
-MEMBERS = {
+MEMBERS = Members({
     A: Member("n", A, 16, frozenset({MINE})),
     B: Member("n", B, 16, frozenset({MINE})),
     "http://far:1": Member("m", "http://far:1", 16, frozenset({MINE})),
-}
+})  # fmt: skip
 
 
 class World:
@@ -43,7 +43,10 @@ class World:
 
     def matched(self, tokens: int = 165) -> Mapping[str, Matched]:
         assert self.view.why(1.0) == ""
-        return matched(self.index.match(CHAIN), self.numbers.place, self.index.exact, MEMBERS, tokens)
+        return matched(self.index.match(CHAIN), self.sure, MEMBERS, tokens)
+
+    def sure(self, number: int) -> Place | None:
+        return self.numbers.place(number) if self.index.exact(number) else None
 
 
 def has(medium: str, blocks: int, first: int = 0) -> Stored:

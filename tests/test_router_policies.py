@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from kvd.router.cost import Busy, cost, later_s, prefix, queue_s, room_s, slowness, step_s
 from kvd.router.load import Load
@@ -128,14 +129,14 @@ def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
     calm, rush = Busy(0.1, 0.0, 0.5, 0.0), Busy(5.0, 0.0, 0.5, 0.0)
     assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
     assert later_s(2.0, 3.0, calm) == pytest.approx(3 * later_s(2.0, 1.0, calm))
-    assert later_s(2.0, 1.0, calm._replace(load=0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+    assert later_s(2.0, 1.0, replace(calm, load=0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
 
 
 def test_who_comes_while_a_prompt_is_computed_waits_for_the_rest_of_it_or_goes_elsewhere() -> None:
     bound = Busy(arrivals_per_s=9.0, mean_per_s=0.5, load=0.0, elsewhere_s=100.0)
     assert later_s(4.0, 0.0, bound) == pytest.approx(0.5 * 4.0 * 2.0)  # half of it on average
-    assert later_s(4.0, 0.0, bound._replace(elsewhere_s=1.0)) == pytest.approx(0.5 * (3.0 * 1.0 + 1.0 * 0.5))
-    assert later_s(4.0, 0.0, bound._replace(elsewhere_s=0.0)) == 0.0
+    assert later_s(4.0, 0.0, replace(bound, elsewhere_s=1.0)) == pytest.approx(0.5 * (3.0 * 1.0 + 1.0 * 0.5))
+    assert later_s(4.0, 0.0, replace(bound, elsewhere_s=0.0)) == 0.0
 
 
 def test_a_prompt_leaves_its_prefix_later_where_others_depend_on_theirs() -> None:
@@ -155,7 +156,7 @@ def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
     waits_s = room_s(8192, full, RATES)
     assert waits_s > 1.0
     for before, line_s in ((Work.of(8192, 0), RATES.prefill_s(Work.of(8192, 0))), (Work.of(400_000, 0), 1e9)):
-        terms = cost(8192, Matched(), full._replace(queued=before, head=before), RATES, Busy(0.0, 0.0, 0.0, 0.0))
+        terms = cost(8192, Matched(), replace(full, queued=before, head=before), RATES, Busy(0.0, 0.0, 0.0, 0.0))
         assert terms.room_s == pytest.approx(max(0.0, waits_s - line_s))
 
 
@@ -185,7 +186,7 @@ def test_prompts_that_would_share_a_step_count_for_each_other() -> None:
     waiting = Load(queued=small.plus(small), head=small, head_s=0.0, running=4, context_tokens=4000)
     assert step_s(4000, waiting, RATES) == pytest.approx(2 * RATES.prefill_s(Work.of(4000, 0)))
     assert step_s(4000, Load(), RATES) == 0.0
-    begun = waiting._replace(head_s=10.0)  # that step cannot grow any more
+    begun = replace(waiting, head_s=10.0)  # that step cannot grow any more
     assert step_s(4000, begun, RATES) == pytest.approx(RATES.prefill_s(Work.of(4000, 0)))
 
 

@@ -12,7 +12,7 @@ it is cancelled.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,7 +27,7 @@ from kvd.router.fleet.told import Told
 from kvd.router.fleet.watch import Watch
 from kvd.router.knowledge import Manner
 from kvd.router.load import Report
-from kvd.router.matching import Member, matched
+from kvd.router.matching import Member, Members, matched
 from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
 from kvd.router.steering import Worker
@@ -59,7 +59,7 @@ class Fleet:
         self._tokenisers = Tokenisers(options.model_path)
         self._nodes = Nodes(options.nodes, options.index_blocks)
         self._members = Membership(self._watch, self._unwatch)
-        self._credited: dict[Manner, dict[str, Member]] = {}  # who has blocks to be matched, by how it names them
+        self._credited: dict[Manner, Members] = {}  # who has blocks to be matched, by how it names them
         self._kinds: dict[_Kind, Rates] = {}
         self._names: dict[str, set[str]] = {}  # what requests call what is served -> by whom
         self._group: asyncio.TaskGroup | None = None
@@ -98,10 +98,9 @@ class Fleet:
 
     # What steering asks: kvd.router.knowledge.Knowledge
 
-    def serves(self, worker: str, model: object) -> bool:
+    def serving(self, model: str | None) -> Container[str] | None:
         """SGLang answers whatever a request calls its model; so one that nobody is known to serve, everybody does."""
-        served_by = self._names.get(model) if isinstance(model, str) else None
-        return served_by is None or worker in served_by
+        return self._names.get(model) if model is not None else None
 
     def manner(self, worker: str) -> Manner | None:
         entry = self._members.find(worker)
@@ -112,8 +111,8 @@ class Fleet:
         result: dict[str, Matched] = {}
         for manner, chain in chains.items():
             members = self._credited.get(manner)
-            if members and (found := nodes.index.match(chain)):
-                result |= matched(found, nodes.holders.place, nodes.sure, members, tokens)
+            if members is not None and (found := nodes.index.match(chain)):
+                result |= matched(found, nodes.sure, members, tokens)
         return result
 
     def rates(self, worker: str) -> Rates:
@@ -168,8 +167,9 @@ class Fleet:
             {name: Stated(one.life, one.block_tokens) for name, one in told.items()},
             {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
         )
-        self._credited, self._names = {}, {}
+        self._names = {}
         kinds, self._kinds = self._kinds, {}
+        credited: dict[Manner, dict[str, Member]] = {}
         most: dict[tuple[str, str], int] = {}
         for name, entry in there.items():
             entry.manner, entry.link = entry.watch.credited, found.get(name, NO_LINK)
@@ -186,7 +186,8 @@ class Fleet:
             if one.most_tokens:
                 most[member.node, member.worker] = one.most_tokens // one.block_tokens + 1
             if entry.manner is not None:
-                self._credited.setdefault(entry.manner, {})[name] = member
+                credited.setdefault(entry.manner, {})[name] = member
+        self._credited = {manner: Members(members) for manner, members in credited.items()}
         self._nodes.bound(most)
 
     def _announced(self) -> dict[str, str]:

@@ -106,13 +106,18 @@ class Nodes:
         for name, node in self._nodes.items():
             node.numbers.bound({url: blocks for (where, url), blocks in most.items() if where == name})
 
-    def sure(self, number: int) -> bool:
-        """Whether all that this holder said is known, and is all that it has; of its node's stream, as of the tick."""
+    def sure(self, number: int) -> Place | None:
+        """Where this holder is, if all that it said is known, and is all that it has; by its node's stream, as of the
+        tick."""
         place = self.holders.place(number)
-        if place is None or (sources := self._exact.get(place.node)) is None or not self.index.exact(number):
-            return False
-        known = sources.get((place.worker, place.rank, place.namespace))
-        return known is not None and not known.why
+        if place is None:
+            return None
+        node, worker, rank, namespace, _ = place
+        sources = self._exact.get(node)
+        if sources is None or not self.index.exact(number):
+            return None
+        known = sources.get((worker, rank, namespace))
+        return place if known is not None and not known.why else None
 
     def numbers(self) -> dict[str, float]:
         """For metrics."""

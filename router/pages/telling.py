@@ -53,11 +53,10 @@ def _decision(made: Made, most: int, now: float) -> replies.Decision:
 
 
 def _candidate(scored: Scored) -> replies.Candidate:
-    worker, matched, load = scored.candidate
-    queued = load.queued
+    one, load = scored.candidate, scored.candidate.load
     return replies.Candidate(
-        worker, matched._asdict(), scored.cost, dict(scored.terms), scored.ttft_s, load.running, queued.prompts,
-        queued.tokens,
+        one.worker, one.matched._asdict(), scored.cost, dict(scored.terms), scored.ttft_s, load.running,
+        load.queued.prompts, load.queued.tokens,
     )  # fmt: skip
 
 

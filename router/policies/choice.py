@@ -5,9 +5,11 @@ what it was told is the caller's, and what becomes of the request it is not told
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, Protocol
+
+import msgspec
+from msgspec.structs import asdict
 
 from kvd.router.load import Load
 from kvd.router.work import Request
@@ -25,7 +27,7 @@ class Matched(NamedTuple):
     expected: int = 0  # will be on the GPU when it is this prompt's turn: see kvd.router.predicted
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A worker that may take the request."""
 
     worker: str
@@ -33,20 +35,25 @@ class Candidate(NamedTuple):
     load: Load
 
 
-class Scored(NamedTuple):
+class Scored(msgspec.Struct, frozen=True, gc=False):
     """A candidate's cost, the less the better, and what it is made of: names and figures to show to people.
 
-    `ttft_s`: when the first token is expected, if the policy knows; then cost and terms are seconds too.
+    `ttft_s`: when the first token is expected, if the policy knows; then cost and figures are seconds too.
+    `made_of`: the figures by name, or a record whose fields they are.
     """
 
     candidate: Candidate
     cost: float
-    terms: Mapping[str, float]
+    made_of: Mapping[str, float] | msgspec.Struct
     ttft_s: float | None = None
 
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """The figures by name."""
+        return self.made_of if isinstance(self.made_of, Mapping) else asdict(self.made_of)
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+
+class Choice(msgspec.Struct, frozen=True):
     """All candidates, the best first."""
 
     policy: str

@@ -6,8 +6,9 @@ of the prompt's first block: equal prompts meet, different ones spread, and nobo
 
 from collections.abc import Callable, Sequence
 from math import exp
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 import xxhash
 
 from kvd.router.cost import Busy, cost
@@ -21,23 +22,12 @@ _FULL: Final = 0.95  # workers that get more than they can do catch up some day
 _FORGOTTEN: Final = 1e-4  # of an arrival
 
 
-class _Recent(NamedTuple):
-    """What came to a worker, less the older it is."""
+class _Recent(msgspec.Struct, gc=False):
+    """What came to a worker, less the older it is: in weights of their moments, to be divided by today's."""
 
     arrivals: float = 0.0
     work_s: float = 0.0
     elsewhere_s: float = 0.0  # how much later first tokens would have come from the next best worker
-
-    def plus(self, choice: Choice) -> "_Recent":
-        terms = choice.winner.terms
-        return _Recent(
-            self.arrivals + 1.0,
-            self.work_s + terms["load_s"] + terms["compute_s"],
-            self.elsewhere_s + _elsewhere_s(choice),
-        )
-
-    def faded(self, part: float) -> "_Recent":
-        return _Recent(*(part * each for each in self))
 
 
 _NONE: Final = _Recent()
@@ -52,54 +42,75 @@ class Kvd:
         self._rates = rates
         self._recent: dict[str, _Recent] = {}
         self._began: float | None = None
-        self._at = 0.0
+        self._at = self._anew_at = 0.0
+        self._weight = 1.0  # of what comes now: instead of all that came before fading, what comes counts more
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
-        self._fade(now)
-        mean = self._mean([self._recent.get(each.worker, _NONE) for each in candidates])
+        self._pass(now)
+        tokens, rates = request.tokens, self._rates
+        recent = [self._recent.get(each.worker, _NONE) for each in candidates]
+        window_s, mean = self._mean(recent)
+        scored = []
+        for each, came in zip(candidates, recent, strict=True):
+            arrivals_per_s = (came.arrivals / self._weight + 1.0) / window_s  # this one included
+            busy = Busy(arrivals_per_s, mean.mean_per_s, mean.load, mean.elsewhere_s)
+            terms = cost(tokens, each.matched, each.load, rates(each.worker), busy)
+            scored.append(Scored(each, terms.total_s, terms, terms.ttft_s))
         choice = by_cost(
             self.name,
-            [self._score(request, each, mean) for each in candidates],
+            scored,
             lambda each: (-(each.candidate.load.free_tokens or 0), -_draw(request, each.candidate.worker)),
         )
-        self._recent[choice.worker] = self._recent.get(choice.worker, _NONE).plus(choice)
+        self._came(choice)
         return choice
 
-    def _mean(self, recent: Sequence[_Recent]) -> Busy:
-        """Of all workers, this request included; what comes to one of them is filled in for each."""
-        arrivals, work_s, elsewhere_s = (sum(parts) for parts in zip(*recent, strict=True))
-        window_s, count = self._window_s(), len(recent)
-        return Busy(
+    def _mean(self, recent: Sequence[_Recent]) -> tuple[float, Busy]:
+        """The time that what is recent came in, as far as it counts: less than the memory at first. And how busy all
+        are, this request included; what comes to one of them is filled in for each."""
+        elapsed_s = self._at - (self._at if self._began is None else self._began)
+        window_s = max(_SHORTEST_S, _MEMORY_S * (1.0 - exp(-elapsed_s / _MEMORY_S)))
+        arrivals = work_s = elsewhere_s = 0.0
+        for came in recent:
+            arrivals += came.arrivals
+            work_s += came.work_s
+            elsewhere_s += came.elsewhere_s
+        each_s = len(recent) * window_s
+        return window_s, Busy(
             arrivals_per_s=0.0,
-            mean_per_s=(arrivals + 1.0) / count / window_s,
-            load=min(_FULL, work_s / count / window_s),
+            mean_per_s=(arrivals / self._weight + 1.0) / each_s,
+            load=min(_FULL, work_s / self._weight / each_s),
             elsewhere_s=elsewhere_s / arrivals if arrivals else 0.0,
         )
 
-    def _score(self, request: Request, each: Candidate, mean: Busy) -> Scored:
-        arrivals = self._recent.get(each.worker, _NONE).arrivals + 1.0  # this one included
-        busy = mean._replace(arrivals_per_s=arrivals / self._window_s())
-        terms = cost(request.tokens, each.matched, each.load, self._rates(each.worker), busy)
-        return Scored(each, sum(terms), terms._asdict(), terms.ttft_s)
+    def _came(self, choice: Choice) -> None:
+        """To the winner."""
+        came = self._recent.get(choice.worker)
+        if came is None:
+            came = self._recent[choice.worker] = _Recent()
+        weight, terms = self._weight, choice.winner.terms
+        came.arrivals += weight
+        came.work_s += weight * (terms["load_s"] + terms["compute_s"])
+        came.elsewhere_s += weight * _elsewhere_s(choice)
 
-    def _window_s(self) -> float:
-        """The time that what is recent came in, as far as it counts: less than the memory at first."""
-        elapsed_s = self._at - (self._at if self._began is None else self._began)
-        return max(_SHORTEST_S, _MEMORY_S * (1.0 - exp(-elapsed_s / _MEMORY_S)))
-
-    def _fade(self, now: float) -> None:
+    def _pass(self, now: float) -> None:
+        """Time passes. Weights begin anew before they are large, without those that count no more."""
         if self._began is None:
-            self._began = self._at = now
-        fading = exp(min(0.0, self._at - now) / _MEMORY_S)
+            self._began = self._at = self._anew_at = now
         self._at = max(now, self._at)
-        self._recent = {
-            worker: recent.faded(fading) for worker, recent in self._recent.items() if recent.arrivals > _FORGOTTEN
-        }
+        memories = (self._at - self._anew_at) / _MEMORY_S
+        if memories > 1.0:
+            part, memories, self._anew_at = exp(-memories), 0.0, self._at
+            kept = [(name, came) for name, came in self._recent.items() if came.arrivals * part > _FORGOTTEN]
+            self._recent = {
+                name: _Recent(part * came.arrivals, part * came.work_s, part * came.elsewhere_s)
+                for name, came in kept
+            }
+        self._weight = exp(memories)
 
 
 def _elsewhere_s(choice: Choice) -> float:
     """How much later the first token would come if the winner were not there."""
-    first, *others = (each.ttft_s or 0.0 for each in choice.ranked)
+    first, *others = [each.ttft_s or 0.0 for each in choice.ranked]
     return max(0.0, min(others) - first) if others else 0.0
 
 
