@@ -43,6 +43,7 @@ def overlapping() -> tokenizers.Tokenizer:
 KINDS = {
     "overlapping": overlapping,
     "bytes": lambda: router_models.with_special(router_models.byte_level()),
+    "digits alone": lambda: router_models.with_special(router_models.digits_alone()),
     "bytes with bos": lambda: router_models.with_special(
         router_models.byte_level(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), bos=True
     ),
