@@ -9,8 +9,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from kvd.router.knowledge import Knowledge, Manner
 from kvd.router.steering import Incoming
@@ -29,8 +30,7 @@ _MOST_THREADS: Final = 2
 _Made = tuple[dict[Manner, list[Tokenised]], dict[Manner, Sequence[int]]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, eq=False):
     """One request. A batch is as long as all its prompts, and has the blocks of the first.
 
     `chains`: block hashes by kind of worker. `exact`: one prompt, and its tokens are known.

@@ -74,6 +74,14 @@ def byte_level(regex: str | None = None) -> tokenizers.Tokenizer:
     return made
 
 
+def digits_alone() -> tokenizers.Tokenizer:
+    """As SmolLM and StarCoder 2: each digit by itself, then as GPT-2."""
+    made = byte_level()
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return made
+
+
 def prepended() -> tokenizers.Tokenizer:
     """As Llama 2: a mark before every text, spaces as marks, no splitting."""
     made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))

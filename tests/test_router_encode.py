@@ -17,7 +17,7 @@ from kvd.router.tokens.blocks import Naming, hashes
 from kvd.router.tokens.cuts import cut_tokens, cuts
 from kvd.router.tokens.encode import AT_ONCE_BYTES, Encoder
 from kvd.router.tokens.folder import ModelFolder
-from kvd.router.tokens.memo import Memo, digests
+from kvd.router.tokens.memo import Memo, marks
 from kvd.router.tokens.outcome import NoTokens
 from kvd.router.tokens.tokenizer import Reference, fastest
 from tests import router_models
@@ -43,6 +43,7 @@ def overlapping() -> tokenizers.Tokenizer:
 KINDS = {
     "overlapping": overlapping,
     "bytes": lambda: router_models.with_special(router_models.byte_level()),
+    "digits alone": lambda: router_models.with_special(router_models.digits_alone()),
     "bytes with bos": lambda: router_models.with_special(
         router_models.byte_level(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), bos=True
     ),
@@ -169,29 +170,36 @@ def test_conversations_that_part_share_their_beginning() -> None:
     assert made.faults() == []
 
 
+def remembered(memo: Memo, name: str, tokens: int) -> None:
+    """One text with one cut, at its end."""
+    text = name.encode() * 300
+    assert not memo.find(text, marks(text))
+    memo.grow(None, text, marks(text), [len(text)], [array("I", range(tokens))])
+
+
 def test_the_memo_stays_within_its_bytes_and_lets_the_longest_unused_go() -> None:
     memo = Memo(20_000)
-    first = memo.grow(None, [(1, range(500))])
-    assert first is not None
-    for digest in range(2, 40):
-        memo.grow(None, [(digest, range(500))])
-        assert memo.find([1]), "it is used all the time"
+    remembered(memo, "first", 500)
+    for number in range(2, 40):
+        remembered(memo, str(number), 500)
+        assert memo.find(b"first" * 300, marks(b"first" * 300)), "it is used all the time"
         assert memo.faults() == []
     stats = memo.stats()
     assert stats.bytes <= 20_000
     assert stats.evicted
-    assert not memo.find([2])
-    memo.grow(None, [(99, range(50_000))])
+    assert not memo.find(b"2" * 300, marks(b"2" * 300))
+    remembered(memo, "large", 50_000)
     assert memo.stats().bytes <= 20_000, "one that is too large does not stay"
     assert memo.faults() == []
 
 
 def test_two_threads_that_encode_the_same_agree() -> None:
     memo = Memo(1 << 20)
-    start = memo.grow(None, [(1, [1, 2, 3])])
-    one = memo.grow(start, [(2, [4])])
-    other = memo.grow(start, [(2, [4])])
-    third = memo.grow(start, [(3, [5, 6])])
+    text = b"a" * 300 + b"b" * 10
+    start = memo.grow(None, text, marks(text), [300], [array("I", [1, 2, 3])])
+    one = memo.grow(start, text, marks(text), [310], [array("I", [4])])
+    other = memo.grow(start, text, marks(text), [310], [array("I", [4])])
+    third = memo.grow(start, b"a" * 300 + b"c" * 20, marks(text), [320], [array("I", [5, 6])])
     assert one is not None
     assert other is not None
     assert third is not None
@@ -201,16 +209,30 @@ def test_two_threads_that_encode_the_same_agree() -> None:
     assert memo.faults() == []
 
 
-def test_digests_are_of_prefixes() -> None:
-    assert digests(b"abcdef", [2, 4]) == [digests(b"ab", [2])[0], digests(b"abcd", [4])[0]]
+def test_texts_of_the_same_marks_are_still_compared() -> None:
+    memo = Memo(1 << 20)
+    text, other = b"a" * 300, b"a" * 255 + b"b" * 45
+    memo.grow(None, text, [1], [100, 200, 300], [array("I", [n]) for n in range(3)])
+    found = memo.find(other, [1])
+    assert found is not None
+    assert (found.end, list(found.ids())) == (200, [0, 1])
+    assert memo.find(b"b" * 300, [1]) is None
+    assert memo.find(text[:100], [1]) is not None
+
+
+def test_marks_are_of_beginnings() -> None:
+    text = bytes(range(256)) * 40
+    assert len(marks(text)) == 3 + len(text) // 2048
+    assert marks(text)[:5] == marks(text[:4096] + b"other")
+    assert marks(text[:255]) == []
 
 
 def test_long_texts_are_encoded_in_a_thread_and_short_ones_where_they_are() -> None:
     reference = Reference(folder(KINDS["bytes"]()))
     counted = Counted(reference)
-    made = Encoder(reference, backend=counted)
     AT_ONCE_BYTES["counted"] = 1000
     try:
+        made = Encoder(reference, backend=counted)
         asyncio.run(made.encode_soon("short"))
         assert counted.threads == {"MainThread"}
         text = conversation(10)

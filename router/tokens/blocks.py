@@ -11,16 +11,20 @@ Only whole pages have a hash. Always true: the chain of a prompt begins with the
 """
 
 import hashlib
+import struct
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import msgspec
+
 from kvd.pages import KEY_BYTES, chain, chain_packed, digest_of
 from kvd.router.tokens.outcome import Namespace, NoTokens, Why
 
 Format = Literal["default", "dynamo"]
+_FIRST: Final = struct.Struct(f">q{KEY_BYTES - 8}x")  # of a key
 _SALT_TAG: Final = b"sglang-cache-salt-v1\0"
 _EVENT_TAG: Final = b"sglang-kv-event-namespace-v1"
 
@@ -49,19 +53,18 @@ class Scheme:
         return Naming(self.page_tokens, parent, digest_of(_EVENT_TAG, extra_key if namespace.adapter else None, None))
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
+class Naming(msgspec.Struct, frozen=True):
     """One namespace under one scheme. `parent` starts the chain; `seed` hashes each event hash again."""
 
     page_tokens: int
     parent: bytes | None = None
     seed: bytes | None = None
 
-    def hash(self, key: bytes) -> int:
-        """The signed 64-bit event hash of a page key."""
+    def hashes(self, keys: Sequence[bytes]) -> list[int]:
+        """The signed 64-bit event hashes of page keys."""
         if self.seed is not None:
-            key = hashlib.sha256(self.seed + key[:8]).digest()
-        return int.from_bytes(key[:8], "big", signed=True)
+            keys = [hashlib.sha256(self.seed + key[:8]).digest() for key in keys]
+        return [hash for (hash,) in _FIRST.iter_unpack(b"".join(keys))]
 
 
 class Chain:
@@ -82,9 +85,9 @@ class Chain:
         done, page = len(self.hashes), self.naming.page_tokens
         if len(ids) < (done + 1) * page:
             return
-        for key in _keys(ids[done * page :], page, self._parent()):
-            self._keys += key
-            self.hashes.append(self.naming.hash(key))
+        keys = _keys(ids[done * page :], page, self._parent())
+        self._keys += b"".join(keys)
+        self.hashes += self.naming.hashes(keys)
 
     def fork(self, blocks: int) -> "Chain":
         """A chain of its own that begins with the first `blocks` blocks of this one."""

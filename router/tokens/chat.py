@@ -19,6 +19,7 @@ from kvd.router.tokens.template import ChatTemplate, Message
 from kvd.router.tokens.toolschema import dumped_tools
 
 _ROLES: Final = frozenset({"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"})
+_PLAIN_ROLES: Final = _ROLES | {"user"}
 _TOOL_ROLES: Final = ("root", "system", "developer")
 _MEDIA_PARTS: Final = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image"})
 _EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "ultra", "max"})
@@ -45,12 +46,23 @@ def prepare(body: Mapping[str, Any], template: ChatTemplate, defaults: Mapping[s
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise NoTokens(Why.INVALID, "messages is no list, or an empty one")
-    dumped = [_dumped(message) for message in given]
+    dumped = [message if _plain(message) else _dumped(message) for message in given]
     tools = _offered(body, dumped)
     variables = _variables(body, defaults, template)
-    shaped = [_shaped(message, template.content) for message in dumped]
+    shaped = [m if type(m["content"]) is str else _shaped(m, template.content) for m in dumped]
     messages, prefix = _last_turn(shaped, body.get("continue_final_message") is True)
     return Chat(messages, tools, variables, prefix)
+
+
+def _plain(message: Any) -> bool:
+    """Whether the message is one that the worker's models leave as it is; nearly all are."""
+    return (
+        type(message) is dict
+        and (*message,) == ("role", "content")
+        and type(message["content"]) is str
+        and type(message["role"]) is str
+        and message["role"] in _PLAIN_ROLES
+    )
 
 
 def _dumped(message: Any) -> Message:
@@ -134,7 +146,8 @@ def _tool_call(call: Any, role: str) -> Message:
 def _offered(body: Mapping[str, Any], messages: Sequence[Message]) -> list[Message] | None:
     """The tools that the template shows: all, the one that must be called, or none."""
     given, choice = body.get("tools"), body.get("tool_choice")
-    in_messages = any(message["role"] in _TOOL_ROLES and message.get("tools") for message in messages)
+    more = [message for message in messages if len(message) > len(("role", "content"))]
+    in_messages = any(message["role"] in _TOOL_ROLES and message.get("tools") for message in more)
     if choice is None:
         choice = "none" if given is None and not in_messages else "auto"
     tools = dumped_tools(given) if given is not None else []

@@ -40,14 +40,15 @@ def cut_tokens(tokenizer_json: str, template: str = "") -> list[bytes]:
     return [content.encode() for content in (written or sorted(fit, key=_unlikely))[:MOST_TOKENS]]
 
 
-def cuts(data: bytes, tokens: Sequence[bytes], least: int) -> list[int]:
+def cuts(data: bytes, tokens: Sequence[bytes], least: int, at: int = 0) -> list[int]:
     """Ascending offsets behind such tokens, each at least `least` bytes behind the one before, none at the very end.
+
+    `at`: one of them that is known, to go on from; 0 for all.
 
     The cuts of a text that goes on begin with the cuts of the text: a memo by prefix depends on that.
     """
     found: list[int] = []
     ahead = [-1] * len(tokens)  # where each token is found next
-    at = 0
     while True:
         first = -1
         for which, token in enumerate(tokens):

@@ -7,39 +7,38 @@ encoder's pool, where the tokenizer holds no lock of the interpreter's.
 
 import asyncio
 from array import array
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+import msgspec
+
 from kvd.router.tokens.blocks import Naming
 from kvd.router.tokens.cuts import cut_tokens, cuts
-from kvd.router.tokens.memo import Found, Memo, MemoStats, digests
+from kvd.router.tokens.memo import Found, Memo, MemoStats, marks
 from kvd.router.tokens.outcome import NoTokens, Why
 from kvd.router.tokens.tokenizer import Backend, Reference, fastest
 
 MEMO_BYTES: Final = 256 << 20
 LEAST_CUT_BYTES: Final = 256  # a piece shorter than that costs more to remember than to encode
 AT_ONCE_BYTES: Final = {"fastokens": 16 << 10, "tokenizers": 2 << 10}  # about a millisecond's
+WORTH_BYTES: Final = {"fastokens": 2 << 10}  # a shorter text costs more to remember than to encode
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A text that is to be encoded: what is known of it, and where the rest is cut."""
+class Plan(msgspec.Struct, frozen=True, eq=False):
+    """A text that is to be encoded, and its known beginning. `marks`: None where it is not worth remembering."""
 
+    text: str
     data: bytes
-    ends: Sequence[int]
-    marks: Sequence[int]
+    marks: list[int] | None
     found: Found | None
 
     @property
     def new_bytes(self) -> int:
-        return len(self.data) - (self.ends[self.found.cuts - 1] if self.found else 0)
+        return len(self.data) - (self.found.end if self.found else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(msgspec.Struct, frozen=True, eq=False):
     """`ids` of a whole text, and the memo's part in them."""
 
     ids: "array[int]"
@@ -57,7 +56,8 @@ class Encoder:
         self.backend, self.note = (backend, "") if backend is not None else fastest(reference)
         self.cut_tokens = cut_tokens(reference.tokenizer.to_str(), template)
         self.surroundings = reference.surroundings()
-        self._least = least_cut_bytes
+        self._least, self._worth = least_cut_bytes, WORTH_BYTES.get(self.backend.name, 0)
+        self._at_once = AT_ONCE_BYTES.get(self.backend.name, 0)
         self._memo = Memo(memo_bytes)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokens")
 
@@ -68,9 +68,13 @@ class Encoder:
     async def encode_soon(self, text: str) -> Encoded:
         """The same, without holding up the event loop for more than a few milliseconds."""
         plan = self.plan(text)
-        if plan.new_bytes <= AT_ONCE_BYTES.get(self.backend.name, 0):
+        if plan.new_bytes <= self._at_once:
             return self.finish(plan)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.finish, plan)
+
+    def brief(self, text: str) -> bool:
+        """Whether it is encoded at once, whatever is known of it."""
+        return 4 * len(text) <= self._at_once  # a character is four bytes at most
 
     def plan(self, text: str) -> Plan:
         """Raises NoTokens for text that is no Unicode."""
@@ -78,15 +82,19 @@ class Encoder:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise NoTokens(Why.INVALID, f"a surrogate in the text at {error.start}") from error
-        ends = cuts(data, self.cut_tokens, self._least) if self.cut_tokens else []
-        marks = digests(data, ends)
-        return Plan(data, ends, marks, self._memo.find(marks) if marks else None)
+        if not self.cut_tokens or len(data) < self._worth:
+            return Plan(text, data, None, None)
+        found = marks(data)
+        return Plan(text, data, found, self._memo.find(data, found))
 
     def finish(self, plan: Plan) -> Encoded:
-        known = plan.found.cuts if plan.found else 0
-        bounds = [plan.ends[known - 1] if known else 0, *plan.ends[known:], len(plan.data)]
+        if plan.marks is None:
+            return Encoded(self.backend.encode([plan.text])[0])
+        begin = plan.found.end if plan.found is not None else 0
+        ends = cuts(plan.data, self.cut_tokens, self._least, begin)
+        bounds = [begin, *ends, len(plan.data)]
         *pieces, tail = self.backend.encode([plan.data[begin:end].decode() for begin, end in pairwise(bounds)])
-        found = self._memo.grow(plan.found, zip(plan.marks[known:], pieces, strict=True))
+        found = self._memo.grow(plan.found, plan.data, plan.marks, ends, pieces)
         ids = found.ids() if found is not None else array("I")
         ids.extend(tail)
         return Encoded(ids, found)

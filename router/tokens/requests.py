@@ -11,9 +11,10 @@ request that the worker will refuse has a reason here and no tokens.
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from kvd.errors import SettingsError
 from kvd.router.tokens import anthropic, responses
@@ -37,23 +38,21 @@ _UNSALTED: Final = (MESSAGES, EMBEDDINGS)  # SGLang's models of these have neith
 _MEDIA: Final = ("image_data", "video_data", "audio_data")
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenised:
+class Tokenised(msgspec.Struct, frozen=True, eq=False):
     """One prompt. `ids` are the worker's (uint32), or None with `reason`, and what exactly in `detail`."""
 
     ids: "array[int] | None"
     reason: Why | None = None
     detail: str = ""
     namespace: Namespace = PLAIN
-    encoded: Encoded | None = field(default=None, repr=False)  # for hashes()
+    encoded: Encoded | None = None  # for hashes()
 
     @classmethod
     def none(cls, failure: NoTokens, namespace: Namespace = PLAIN) -> "Tokenised":
         return cls(None, failure.why, failure.detail, namespace)
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
+class _Text(msgspec.Struct, frozen=True, eq=False):
     """A prompt still to be encoded. `bare`: a chat's, which has its special tokens already; `prefix` is not one's."""
 
     text: str
@@ -62,8 +61,7 @@ class _Text:
     prefix: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ids:
+class _Ids(msgspec.Struct, frozen=True, eq=False):
     ids: "array[int]"
     namespace: Namespace
 
@@ -205,7 +203,7 @@ class Tokeniser:
         return Tokenised(prompt.ids, namespace=prompt.namespace) if isinstance(prompt, _Ids) else prompt
 
     async def _encoded_soon(self, prompt: _Text | _Ids | Tokenised) -> Tokenised:
-        if not isinstance(prompt, _Text):
+        if not isinstance(prompt, _Text) or self.encoder.brief(prompt.text):
             return self._encoded(prompt)
         try:
             return self._whole(prompt, await self.encoder.encode_soon(prompt.text))

@@ -96,7 +96,7 @@ class ChatTemplate:
                 f"the chat template does not compile: {error}", "compare the model's folder with the workers'"
             ) from error
         self.source = source
-        self._special = dict(special_tokens or {})
+        self._given = {**self._compiled.globals, "documents": None, **(special_tokens or {})}
         self.content: Literal["openai", "string"] = _content_format(source, tree)
         self.inline_system = self._takes_inline_system()
 
@@ -108,9 +108,10 @@ class ChatTemplate:
 
         Raises whatever the template raises: jinja2.TemplateError, but also TypeError and the like.
         """
-        given = {"documents": None, **self._special, **(variables or {})}
-        given |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        return self._compiled.render(given)
+        given = {**self._given, **variables} if variables else self._given.copy()
+        given["messages"], given["tools"], given["add_generation_prompt"] = messages, tools, add_generation_prompt
+        # As the template's render() does it, which copies what is given twice more.
+        return "".join(self._compiled.root_render_func(self._compiled.new_context(given, shared=True)))
 
     def _takes_inline_system(self) -> bool:
         """SGLang's own probe: no special tokens, no tools, nothing but messages."""

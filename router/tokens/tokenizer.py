@@ -7,12 +7,12 @@ and where it is not installed, the reference does all.
 
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import tokenizers
 
 from kvd.errors import SettingsError
+from kvd.router.tokens.digits import by_added_tokens
 from kvd.router.tokens.folder import ModelFolder
 from kvd.router.tokens.selftest import varied
 
@@ -96,17 +96,25 @@ class Fast:
     def __init__(self, reference: Reference) -> None:
         import fastokens
 
+        told = reference.tokenizer.to_str()
+        told_for_ascii = by_added_tokens(told)
         try:
-            self._tokenizer: Any = fastokens.Tokenizer.from_json_str(reference.tokenizer.to_str())
+            self._any: Any = fastokens.Tokenizer.from_json_str(told).encode_batch_flat
+            self._ascii: Any = self._any
+            if told_for_ascii is not None:
+                self._ascii = fastokens.Tokenizer.from_json_str(told_for_ascii).encode_batch_flat
         except Exception as error:  # whatever its parser raises: the reference is there
             raise ValueError(f"fastokens does not take this tokenizer: {error}") from error
 
     def encode(self, texts: Sequence[str]) -> "list[array[int]]":
-        flat, offsets = self._tokenizer.encode_batch_flat(list(texts))
-        ids, bounds = array("I"), array("Q")
-        ids.frombytes(flat)
-        bounds.frombytes(offsets)
-        return [ids] if len(texts) == 1 else [ids[begin:end] for begin, end in pairwise(bounds)]
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> "array[int]":
+        # One by one: several at once are shared out among threads of the library's own, whose waking and spinning
+        # cost more CPU than a text does.
+        ids = array("I")
+        ids.frombytes((self._ascii if text.isascii() else self._any)([text])[0])
+        return ids
 
 
 def fastest(reference: Reference) -> tuple[Backend, str]:
