@@ -108,7 +108,7 @@ class Informed(LeastBusy):
 
     def _steered(self, among: Sequence[Standing], asked: Asked, now: float) -> Life:
         prompt: Prompt = asked.prompt
-        held = self._knowledge.matched(prompt.chains, prompt.tokens) if prompt.chains else {}
+        held = self._knowledge.matched(prompt.chains, prompt.tokens, prompt.stored) if prompt.chains else {}
         candidates = self._candidates(among, prompt, held, now)
         request = Request(asked.request.request_id, prompt.tokens, prompt.chain, prompt.block_tokens)
         choice = self.policy.choose(request, candidates, now)
@@ -239,7 +239,7 @@ class Informed(LeastBusy):
         """What its worker's GPU has of it now, where that makes a difference to the ledger."""
         if max(life.matched.gpu, life.matched.expected) <= cached:
             return 0
-        held = self._knowledge.matched(life.prompt.chains, life.prompt.tokens)
+        held = self._knowledge.matched(life.prompt.chains, life.prompt.tokens, {})
         return held.get(life.worker, _NOTHING).gpu
 
     def tick(self, now: float) -> None:

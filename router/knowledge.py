@@ -31,11 +31,13 @@ class Knowledge(Protocol):
     def manner(self, worker: str) -> Manner | None:
         """None: no prefix credit."""
 
-    def matched(self, chains: Mapping[Manner, Sequence[int]], tokens: int) -> dict[str, Matched]:
+    def matched(
+        self, chains: Mapping[Manner, Sequence[int]], tokens: int, stored: Mapping[Manner, Sequence[int]]
+    ) -> dict[str, Matched]:
         """What every worker has of a prompt of `tokens`; who has nothing of it is left out.
 
-        `chains`: the prompt's block hashes as each manner names them. `expected` is 0: what is on its way is the
-        caller's to know.
+        `chains`: the prompt's block hashes as each manner names them; `stored`: and its pages in kvd's tiers, of those
+        manners where that is another chain. `expected` is 0: what is on its way is the caller's to know.
         """
 
     def rates(self, worker: str) -> Rates:

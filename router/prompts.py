@@ -27,13 +27,15 @@ FAILED: Final = "failed"
 _MOST_KINDS: Final = 32
 _MOST_THREADS: Final = 2
 
-_Made = tuple[dict[Manner, list[Tokenised]], dict[Manner, Sequence[int]]]
+_Chains = dict[Manner, Sequence[int]]
+_Made = tuple[dict[Manner, list[Tokenised]], _Chains, _Chains]
 
 
 class Prompt(msgspec.Struct, frozen=True, eq=False):
     """One request. A batch is as long as all its prompts, and has the blocks of the first.
 
-    `chains`: block hashes by kind of worker. `exact`: one prompt, and its tokens are known.
+    `chains`: block hashes by kind of worker; `stored`: those of its pages in kvd's tiers, where they are others.
+    `exact`: one prompt, and its tokens are known.
     """
 
     model: str | None
@@ -44,6 +46,7 @@ class Prompt(msgspec.Struct, frozen=True, eq=False):
     chains: Mapping[Manner, Sequence[int]]
     chain: Sequence[int] = ()  # one of them
     block_tokens: int = 1
+    stored: Mapping[Manner, Sequence[int]] = {}
 
 
 class Prompts:
@@ -62,15 +65,16 @@ class Prompts:
         named = told.get("model")
         model = named if isinstance(named, str) else None
         made: dict[Manner, list[Tokenised]] = {}
-        chains: dict[Manner, Sequence[int]] = {}
+        chains: _Chains = {}
+        stored: _Chains = {}
         try:
             manners = self._manners(workers, model)
             if not manners:
                 self.counts[NO_MANNER] += 1
             elif len(request.body) > _AT_ONCE_BYTES:
-                made, chains = await self._in_thread(manners, request.path, body)
+                made, chains, stored = await self._in_thread(manners, request.path, body)
             else:
-                made, chains = await _made_soon(manners, request.path, body)
+                made, chains, stored = await _made_soon(manners, request.path, body)
         except Exception as error:
             self.failed(error)
         stream, single = told.get("stream") is True, _single(told)
@@ -81,7 +85,7 @@ class Prompts:
         prompts = made[known]
         tokens, exact = sum(len(each.ids or ()) for each in prompts), len(prompts) == 1
         page_tokens = known.scheme.page_tokens
-        return Prompt(model, stream, tokens, exact, single and exact, chains, chains[known], page_tokens)
+        return Prompt(model, stream, tokens, exact, single and exact, chains, chains[known], page_tokens, stored)
 
     def _guess(self, body: bytes, made: Mapping[Manner, list[Tokenised]]) -> int:
         """How long a prompt may be that has no tokens; counts why."""
@@ -130,7 +134,7 @@ def _made(manners: Iterable[Manner], path: str, body: Any) -> _Made:
         if manner.tokeniser not in done:
             done[manner.tokeniser] = manner.tokeniser.tokenise(path, body)
     made = {manner: done[manner.tokeniser] for manner in manners}
-    return made, _chains(made)
+    return made, *_chains(made)
 
 
 async def _made_soon(manners: Iterable[Manner], path: str, body: Any) -> _Made:
@@ -139,8 +143,14 @@ async def _made_soon(manners: Iterable[Manner], path: str, body: Any) -> _Made:
         if manner.tokeniser not in done:
             done[manner.tokeniser] = await manner.tokeniser.tokenise_soon(path, body)
     made = {manner: done[manner.tokeniser] for manner in manners}
-    return made, _chains(made)
+    return made, *_chains(made)
 
 
-def _chains(made: Mapping[Manner, list[Tokenised]]) -> dict[Manner, Sequence[int]]:
-    return {manner: manner.tokeniser.hashes(prompts[0], manner.scheme) for manner, prompts in made.items()}
+def _chains(made: Mapping[Manner, list[Tokenised]]) -> tuple[_Chains, _Chains]:
+    """Blocks as events and as tiers name them."""
+    chains, stored = _Chains(), _Chains()
+    for manner, (first, *_) in made.items():
+        chains[manner] = manner.tokeniser.hashes(first, manner.scheme)
+        if in_tiers := manner.tokeniser.stored(first, manner.scheme):
+            stored[manner] = in_tiers
+    return chains, stored

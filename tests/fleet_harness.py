@@ -4,7 +4,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,10 +95,14 @@ class World:
         request = Incoming("r", "POST", "/generate", [], b"{}", "", 1.0, 0, now, now + 5, True)
         return self._loop.run_until_complete(self.steering.choose(request, frozenset()))
 
-    def has(self, blocks: list[int], tokens: int = 1000) -> dict[str, tuple[int, ...]]:
-        """Matched tokens of workers that are credited, GPU first, for a prompt whose blocks have these hashes."""
+    def has(self, blocks: list[int], tokens: int = 1000, stored: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
+        """Matched tokens of workers that are credited, GPU first, for a prompt whose blocks have these hashes.
+
+        `stored`: and its pages in kvd's tiers these, where they are others.
+        """
         manners = {self.fleet.manner(view.name) for view in self.fleet.members()} - {None}
-        found = self.fleet.matched({manner: blocks for manner in manners if manner is not None}, tokens)
+        chains = {manner: blocks for manner in manners if manner is not None}
+        found = self.fleet.matched(chains, tokens, dict.fromkeys(chains, stored) if stored else {})
         return {name: tuple(matched) for name, matched in found.items()}
 
     def close(self) -> None:

@@ -45,7 +45,9 @@ class Table:
     def manner(self, worker: str) -> Manner | None:
         return self.manners.get(worker)
 
-    def matched(self, chains: Mapping[Manner, Sequence[int]], tokens: int) -> dict[str, Matched]:
+    def matched(
+        self, chains: Mapping[Manner, Sequence[int]], tokens: int, stored: Mapping[Manner, Sequence[int]]
+    ) -> dict[str, Matched]:
         found = {}
         for worker, blocks in self.blocks.items():
             manner = self.manners[worker]

@@ -28,6 +28,17 @@ def test_known_answers_without_and_with_a_salt() -> None:
     assert named(Namespace(cache_salt="s1")) == [8751685944416650314, 5408712977347781210]
 
 
+def test_pages_in_tiers_have_names_of_their_own_where_there_is_a_salt_or_a_key() -> None:
+    def stored(namespace: Namespace) -> list[int]:
+        return hashes(ONE_TO_EIGHT, Scheme(4, adapters=ADAPTERS).stores(namespace))
+
+    assert stored(PLAIN) == named(PLAIN)
+    assert stored(Namespace(cache_salt="s1")) == [7394837493541178788, 1592714952634860736]
+    assert set(stored(Namespace(extra_key="class-a"))).isdisjoint(named(PLAIN))
+    with pytest.raises(NoTokens):
+        stored(Namespace(adapter="stranger"))
+
+
 def test_a_tail_shorter_than_a_page_has_no_hash() -> None:
     assert named(PLAIN, range(1, 8)) == named(PLAIN)[:1]
     assert named(PLAIN, range(1, 4)) == []
@@ -81,13 +92,16 @@ for case in json.load(sys.stdin):
         enabled=True, page_size=page, dynamo_format=case["format"] == "dynamo", lora_names=names
     )
     recorder.record_store(node)
-    answers.append([hash for event in recorder.take() for hash in event.block_hashes])
+    events = [hash for event in recorder.take() for hash in event.block_hashes]
+    seed = utils.storage_namespace_seed(extra, salt)
+    keys = python_hash(whole, bytes.fromhex(seed) if seed else None, page)
+    answers.append([events, [int.from_bytes(bytes.fromhex(key)[:8], "big", signed=True) for key in keys]])
 print(json.dumps(answers))
 """
 
 
 @pytest.mark.skipif(not SGLANG.exists(), reason="no .venvs/sglang: run `make sglang`")
-def test_hashes_are_those_of_sglangs_own_recorder() -> None:
+def test_hashes_are_those_of_sglangs_own_recorder_and_storage() -> None:
     draw = Random(4)
     cases = [
         {
@@ -103,7 +117,11 @@ def test_hashes_are_those_of_sglangs_own_recorder() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     for case, expected in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
         namespace = Namespace(case["salt"], case["extra"], "poet" if case["lora"] else None)
-        assert named(namespace, case["ids"], case["page"], format=case["format"]) == expected, case
+        scheme = Scheme(case["page"], case["format"], ADAPTERS)
+        assert [
+            hashes(case["ids"], scheme.names(namespace)),
+            hashes(case["ids"], scheme.stores(namespace)),
+        ] == expected
 
 
 @given(st.lists(st.integers(0, (1 << 32) - 1), max_size=40), st.lists(st.integers(0, 40), max_size=6), st.booleans())

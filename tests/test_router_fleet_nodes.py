@@ -147,6 +147,9 @@ def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_na
             blocks = hashes(rank.put(6))
             world.until(lambda: world.has(blocks) == {worker.url: (0, 96, 0, 0, 0)})
             assert world.has(blocks[:3]) == {worker.url: (0, 48, 0, 0, 0)}, "the other cannot load them"
+            other.events.do("store", 1, 2)
+            salted = {worker.url: (0, 80, 0, 0, 0), other.url: (32, 0, 0, 0, 0)}
+            world.until(lambda: world.has([1, 2, 3], stored=blocks[:5]) == salted)
         world.until(lambda: world.has(blocks) == {})
         with RawWorker(kvd, label="nobody's"):
             world.until(lambda: world.fleet._nodes.index.match(blocks))

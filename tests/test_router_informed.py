@@ -20,8 +20,9 @@ from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House, Limits
 from kvd.router.steering import Busy, Choice, Outcome, Worker
 from kvd.router.tenants import Tenants
-from kvd.router.tokens.blocks import Scheme
+from kvd.router.tokens.blocks import Scheme, hashes
 from kvd.router.tokens.encode import Encoder
+from kvd.router.tokens.outcome import Namespace
 from kvd.router.tokens.requests import CHAT, COMPLETIONS, GENERATE, Tokenised
 from tests import router_models, told_router
 from tests.router_harness import MockWorker, post
@@ -211,6 +212,19 @@ def test_what_has_no_tokens_is_as_long_as_its_body_and_goes_by_load(table: Table
         numbers = steered.describe()
         for why in ("multimodal", "embeds", "no credit"):
             assert numbers[f'prompts_total{{tokens="{why}"}}'] == 1
+
+    play(course())
+
+
+def test_a_salted_prompt_is_looked_for_under_both_its_names(table: Table, manner: Manner) -> None:
+    async def course() -> None:
+        steered = steering(table)
+        salted = await steered.choose(incoming({"input_ids": ids(100), "cache_salt": "s"}), NONE)
+        naming = manner.scheme.stores(Namespace(cache_salt="s"))
+        assert list(life(salted).prompt.stored[manner]) == hashes(ids(100), naming)
+        assert list(life(salted).chain) == hashes(ids(100), manner.scheme.names(Namespace(cache_salt="s")))
+        assert list(life(salted).chain) != life(salted).prompt.stored[manner]
+        assert life(await steered.choose(ask(ids(100)), NONE)).prompt.stored == {}
 
     play(course())
 

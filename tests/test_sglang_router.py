@@ -14,7 +14,7 @@ from tests.harness import eventually
 from tests.kvdctl import kvdctl
 from tests.router_harness import Router
 from tests.sglang_fleet import World, url_of, world
-from tests.sglang_node import NEW_TOKENS, PAGE_TOKENS, SERVED_AS, ask, needs_sglang, words
+from tests.sglang_node import NEW_TOKENS, PAGE_TOKENS, SERVED_AS, ask, needs_sglang, pages_held, words
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -121,6 +121,21 @@ def test_a_prompt_goes_where_its_prefix_is_and_the_router_can_say_so(count: int)
         assert fleet.router.page("ledger")["achieved"] >= 6 * 4 * PAGE_TOKENS
 
 
+@pytest.mark.parametrize("salt", [{}, {"cache_salt": "tenant-1"}], ids=["plain", "salted"])
+def test_what_is_in_kvds_memory_alone_is_known_to_be_there(fleet: World, salt: dict[str, str]) -> None:
+    prompt = words(800 + len(salt), 5 * PAGE_TOKENS + 8)
+    fleet.flush()
+    held = pages_held(fleet.kvd)
+    assert ask(fleet.door, prompt, **salt).cached.total == 0
+    eventually(lambda: pages_held(fleet.kvd) >= held + 5, 20, "kvd has its pages")
+    fleet.flush()
+    eventually(lambda: holders(fleet) == 1, 20, "the router has heard that nobody else has anything")
+    warm = ask(fleet.door, prompt, **salt)
+    matched = decided(fleet, last=1)["ranked"][0]["matched"]
+    assert (matched["gpu"], matched["ram"]) == (0, 5 * PAGE_TOKENS)
+    assert warm.cached.storage == 5 * PAGE_TOKENS
+
+
 def test_official_clients_get_what_a_direct_call_gives(fleet: World) -> None:
     with at(fleet.servers[0].port) as direct, at(fleet.router.port) as routed:
         assert answers(routed) == answers(direct)
@@ -144,6 +159,11 @@ def decided(fleet: World, **asked: object) -> dict[str, Any]:
 def workers(fleet: World) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = fleet.router.page("workers")["workers"]
     return found
+
+
+def holders(fleet: World) -> float:
+    """How many have blocks: workers' memories, and kvd's tiers."""
+    return fleet.router.metrics()["fleet_index_holders"]
 
 
 def blocks_known(fleet: World) -> float:

@@ -106,12 +106,19 @@ class Fleet:
         entry = self._members.find(worker)
         return entry.manner if entry is not None else None
 
-    def matched(self, chains: Mapping[Manner, Sequence[int]], tokens: int) -> dict[str, Matched]:
+    def matched(
+        self, chains: Mapping[Manner, Sequence[int]], tokens: int, stored: Mapping[Manner, Sequence[int]]
+    ) -> dict[str, Matched]:
         nodes = self._nodes
         result: dict[str, Matched] = {}
         for manner, chain in chains.items():
             members = self._credited.get(manner)
-            if members is not None and (found := nodes.index.match(chain)):
+            if members is None:
+                continue
+            found = nodes.index.match(chain)
+            if manner in stored:
+                found = found | nodes.index.match(stored[manner])  # other holders: a tier has no block of an event's
+            if found:
                 result |= matched(found, nodes.sure, members, tokens)
         return result
 

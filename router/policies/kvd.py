@@ -102,8 +102,7 @@ class Kvd:
             part, memories, self._anew_at = exp(-memories), 0.0, self._at
             kept = [(name, came) for name, came in self._recent.items() if came.arrivals * part > _FORGOTTEN]
             self._recent = {
-                name: _Recent(part * came.arrivals, part * came.work_s, part * came.elsewhere_s)
-                for name, came in kept
+                name: _Recent(part * came.arrivals, part * came.work_s, part * came.elsewhere_s) for name, came in kept
             }
         self._weight = exp(memories)
 

@@ -7,6 +7,9 @@ that key as a signed integer. What the seed and the hash name besides the tokens
     default  the cache_salt's digest; extra_key is ignored  for LoRA requests, hashed with (extra_key + adapter id)
     dynamo   the same                                       hashed with (extra_key + adapter id, cache_salt), if any
 
+    tiers    salt and extra_key + adapter id, which seed the  is the key's first 8 bytes: a plain prompt's pages have
+             chain of page keys (kvd.pages.seed)              the same hashes everywhere
+
 Only whole pages have a hash. Always true: the chain of a prompt begins with the chain of each of its prefixes.
 """
 
@@ -20,7 +23,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from kvd.pages import KEY_BYTES, chain, chain_packed, digest_of
+from kvd.pages import KEY_BYTES, chain, chain_packed, digest_of, seed
 from kvd.router.tokens.outcome import Namespace, NoTokens, Why
 
 Format = Literal["default", "dynamo"]
@@ -38,19 +41,27 @@ class Scheme:
     adapters: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, namespace: Namespace) -> "Naming":
-        """Raises NoTokens for an adapter whose id is not known: a worker draws it when it loads one at run time."""
+        """In events. Raises NoTokens for an adapter whose id is not known: a worker draws it when it loads one."""
         if namespace.plain:
             return Naming(self.page_tokens)
-        salt, extra_key = namespace.cache_salt, namespace.extra_key
-        if namespace.adapter is not None:
-            known = self.adapters.get(namespace.adapter)
-            if known is None:
-                raise NoTokens(Why.ADAPTER, f"the id of LoRA adapter {namespace.adapter!r} is not known")
-            extra_key = (extra_key or "") + known
+        salt, extra_key = namespace.cache_salt, self._extra_key(namespace)
         parent = None if salt is None else hashlib.sha256(_SALT_TAG + salt.encode()).digest()
         if self.format == "dynamo":
             return Naming(self.page_tokens, parent, digest_of(_EVENT_TAG, extra_key, salt))
         return Naming(self.page_tokens, parent, digest_of(_EVENT_TAG, extra_key if namespace.adapter else None, None))
+
+    def stores(self, namespace: Namespace) -> "Naming":
+        """In tiers below the workers, by the first 8 bytes of the pages' keys. Raises NoTokens likewise."""
+        return Naming(self.page_tokens, seed(self._extra_key(namespace), namespace.cache_salt))
+
+    def _extra_key(self, namespace: Namespace) -> str | None:
+        """With the adapter's id, as the engine has it."""
+        if namespace.adapter is None:
+            return namespace.extra_key
+        known = self.adapters.get(namespace.adapter)
+        if known is None:
+            raise NoTokens(Why.ADAPTER, f"the id of LoRA adapter {namespace.adapter!r} is not known")
+        return (namespace.extra_key or "") + known
 
 
 class Naming(msgspec.Struct, frozen=True):

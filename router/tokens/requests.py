@@ -10,7 +10,7 @@ request that the worker will refuse has a reason here and no tokens.
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import msgspec
 
 from kvd.errors import SettingsError
 from kvd.router.tokens import anthropic, responses
-from kvd.router.tokens.blocks import Scheme
+from kvd.router.tokens.blocks import Naming, Scheme
 from kvd.router.tokens.chat import Chat, prepare
 from kvd.router.tokens.encode import MEMO_BYTES, Encoded, Encoder
 from kvd.router.tokens.folder import ModelFolder
@@ -95,10 +95,17 @@ class Tokeniser:
 
     def hashes(self, prompt: Tokenised, scheme: Scheme) -> list[int]:
         """Event hashes of the prompt's whole pages; none where it has no tokens, or its adapter's id is not known."""
+        return self._hashes(prompt, scheme.names)
+
+    def stored(self, prompt: Tokenised, scheme: Scheme) -> list[int]:
+        """The same of its pages in tiers below the workers; none where those have the same names as in events."""
+        return [] if prompt.namespace.plain else self._hashes(prompt, scheme.stores)
+
+    def _hashes(self, prompt: Tokenised, names: Callable[[Namespace], Naming]) -> list[int]:
         if prompt.ids is None:
             return []
         try:
-            naming = scheme.names(prompt.namespace)
+            naming = names(prompt.namespace)
         except NoTokens as failure:
             self.counts[failure.why] += 1
             return []
