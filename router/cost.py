@@ -78,7 +78,8 @@ class Ahead(msgspec.Struct, frozen=True, gc=False):
     queued_s: float  # to compute all that waits
     head_s: float  # and the first of it
     step_s: float  # of decode: what is in line is computed from the next one on
-    interval_s: float  # when all that waits runs too
+    others: int  # that run, when all that waits does
+    interval_s: float  # theirs
     mates: float  # prompts in line that share the last step
     room: int  # tokens that this has left
     mates_begun: float  # where the first step is in progress
@@ -98,6 +99,7 @@ class Ahead(msgspec.Struct, frozen=True, gc=False):
             rates.prefill_s(load.queued) if prompts else 0.0,
             rates.prefill_s(load.head),
             rates.interval_s(running, context) if running else 0.0,
+            running + prompts,
             rates.interval_s(running + prompts, context + tokens),
             *_last_step(prompts, tokens, chunk),
             *_last_step(prompts - (first > 0), tokens - first, chunk),
@@ -155,17 +157,6 @@ def room_s(tokens: int, load: Load, rates: Rates) -> float:
     return short * answer_s / max(1, load.context_tokens)
 
 
-def interval_s(tokens: int, compute_s: float, ahead: Ahead, rates: Rates) -> float:
-    """Its own mean interval, and what others' grow by: longer steps, and the pause while its prompt is computed."""
-    _, request_s, context_s = ahead.decode
-    load = ahead.load
-    grows_s = request_s + context_s * tokens
-    return (
-        ahead.interval_s + (load.running + load.queued[0] + 1) * grows_s
-        + load.running * compute_s / rates.answer_tokens
-    )  # fmt: skip
-
-
 def step_s(tokens: int, ahead: Ahead, rates: Rates, now: float) -> float:
     """What the prompts in line lose that will share a step with `tokens` more: all of a step end with it.
 
@@ -195,14 +186,18 @@ def cost(tokens: int, matched: Matched, ahead: Ahead, rates: Rates, busy: Busy, 
     """Of a prompt of so many tokens at one worker."""
     there, ahead_s, load = prefix(tokens, matched, rates), ahead.queue_s(now), ahead.load
     load_s, compute_s, full_s = there.load_s, there.compute_s, 0.0
-    if load.free_tokens is not None and load.free_tokens < tokens + rates.answer_tokens:
+    free, running, answer_tokens = load.free_tokens, load.running, rates.answer_tokens
+    if free is not None and free < tokens + answer_tokens:
         full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
+    _, request_s, context_s = ahead.decode
+    longer_s = request_s + context_s * tokens  # every step, for itself and for all others
+    pause_s = running * compute_s / answer_tokens  # of those that run, while its prompt is computed
     return Cost(
         ahead_s,
         full_s,
         load_s,
         compute_s,
-        interval_s(tokens, compute_s, ahead, rates),
+        ahead.interval_s + (ahead.others + 1) * longer_s + pause_s,
         step_s(tokens - there.cached, ahead, rates, now),
         later_s(load_s + compute_s, ahead_s + full_s, busy),
     )
