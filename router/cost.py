@@ -24,6 +24,8 @@ looks cheap at any idle worker, keeps that one from its own prefixes, and their 
 had a choice, it keeps prompts where no room is.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from kvd.router.load import Load
@@ -65,9 +67,74 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     def ttft_s(self) -> float:
         return self.queue_s + self.room_s + self.load_s + self.compute_s
 
-    @property
-    def total_s(self) -> float:
-        return self.ttft_s + self.interval_s + self.step_s + self.later_s
+
+class Ahead(msgspec.Struct, frozen=True, gc=False):
+    """What any prompt meets at a worker; follows from its load and its rates, and holds as long as they do."""
+
+    load: Load
+    prefill: Sequence[float]  # coefficients, of which this was made
+    decode: Sequence[float]
+    chunk_tokens: int
+    queued_s: float  # to compute all that waits
+    head_s: float  # and the first of it
+    step_s: float  # of decode: what is in line is computed from the next one on
+    others: int  # that run, when all that waits does
+    interval_s: float  # theirs
+    mates: float  # prompts in line that share the last step
+    room: int  # tokens that this has left
+    mates_begun: float  # where the first step is in progress
+    room_begun: int
+
+    @classmethod
+    def of(cls, load: Load, rates: Rates) -> "Ahead":
+        decode, chunk = rates.decode.coefficients, rates.chunk_tokens
+        prompts, tokens, _ = load.queued
+        running, context = load.running, load.context_tokens
+        first = min(chunk, load.head.tokens)
+        return cls(
+            load,
+            rates.prefill.coefficients,
+            decode,
+            chunk,
+            rates.prefill_s(load.queued) if prompts else 0.0,
+            rates.prefill_s(load.head),
+            rates.interval_s(running, context) if running else 0.0,
+            running + prompts,
+            rates.interval_s(running + prompts, context + tokens),
+            *_last_step(prompts, tokens, chunk),
+            *_last_step(prompts - (first > 0), tokens - first, chunk),
+        )
+
+    def holds(self, load: Load, rates: Rates) -> bool:
+        """Whether it is what `of` would give."""
+        return (
+            self.load is load
+            and self.prefill is rates.prefill.coefficients
+            and self.decode is rates.decode.coefficients
+            and self.chunk_tokens == rates.chunk_tokens
+        )
+
+    def queue_s(self, now: float, slow: float = 1.0) -> float:
+        """Until all prompts before a new one are computed, by a worker that is so much slower than its rates."""
+        queued_s = self.queued_s
+        if not queued_s:
+            return 0.0
+        begun_s, head_s = now - self.load.head_at, slow * self.head_s
+        left_s = slow * queued_s - (begun_s if begun_s < head_s else head_s)
+        return left_s if left_s > 0.0 else 0.0
+
+    def slow(self, now: float) -> float:
+        """How many times slower than its rates say a worker is by what it has not done yet: 1.0, or more.
+
+        The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as
+        expected says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
+        """
+        tokens, begun_s = self.load.queued.tokens, now - self.load.head_at
+        if not tokens or begun_s <= 2.0 * self.head_s:
+            return 1.0
+        part = min(1.0, self.chunk_tokens / tokens)
+        expected_s = self.step_s + max(self.head_s, part * self.queued_s)
+        return max(1.0, begun_s / max(expected_s, 1e-9) - 1.0)
 
 
 def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
@@ -92,29 +159,6 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
     return best
 
 
-def queue_s(load: Load, rates: Rates, slow: float = 1.0) -> float:
-    """Until all prompts that are before a new one are computed, by a worker that is so much slower than its rates."""
-    if not load.queued.prompts:
-        return 0.0
-    head_s, begun_s = slow * rates.prefill_s(load.head), load.head_s
-    left_s = slow * rates.prefill_s(load.queued) - (begun_s if begun_s < head_s else head_s)
-    return left_s if left_s > 0.0 else 0.0
-
-
-def slowness(load: Load, rates: Rates) -> float:
-    """How many times slower than its rates say a worker is by what it has not done yet: 1.0, or more.
-
-    The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as expected
-    says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
-    """
-    if not load.queued.tokens or load.head_s <= 2.0 * (head_s := rates.prefill_s(load.head)):
-        return 1.0
-    part = min(1.0, rates.chunk_tokens / load.queued.tokens)
-    starts_s = rates.interval_s(load.running, load.context_tokens) if load.running else 0.0
-    expected_s = starts_s + max(head_s, part * rates.prefill_s(load.queued))
-    return max(1.0, load.head_s / max(expected_s, 1e-9) - 1.0)
-
-
 def room_s(tokens: int, load: Load, rates: Rates) -> float:
     """Until those that run have left room for `tokens` and their answer, and for all that wait before."""
     if load.free_tokens is None or not load.running:
@@ -126,36 +170,16 @@ def room_s(tokens: int, load: Load, rates: Rates) -> float:
     return short * answer_s / max(1, load.context_tokens)
 
 
-def interval_s(tokens: int, compute_s: float, load: Load, rates: Rates) -> float:
-    """Its own mean interval, and what others' grow by: longer steps, and the pause while its prompt is computed."""
-    running, (waiting, queued, _) = load.running, load.queued
-    context = load.context_tokens + queued
-    own, request_s, context_s = rates.decode.coefficients
-    others = running + waiting
-    now = own + request_s * others + context_s * context
-    then = own + request_s * (others + 1) + context_s * (context + tokens)
-    return then + others * (then - now) + running * compute_s / rates.answer_tokens
-
-
-def step_s(tokens: int, load: Load, rates: Rates) -> float:
+def step_s(tokens: int, ahead: Ahead, rates: Rates, now: float) -> float:
     """What the prompts in line lose that will share a step with `tokens` more: all of a step end with it.
 
     Steps are filled from the first in line; the one in progress cannot grow any more.
     """
-    (prompts, waiting, _), chunk = load.queued, rates.chunk_tokens
-    if not waiting:
-        return 0.0
-    behind, running = waiting, load.running
-    if load.head_s > (rates.interval_s(running, load.context_tokens) if running else 0.0):
-        behind -= min(chunk, load.head.tokens)
-        prompts -= behind < waiting
-    if not prompts or not behind:
-        return 0.0
-    last = behind % chunk
-    mates = prompts * last / behind
-    if not mates:
-        return 0.0
-    return mates * rates.prompt_s(min(tokens, chunk - last), 0)
+    if now - ahead.load.head_at > ahead.step_s:
+        mates, room = ahead.mates_begun, ahead.room_begun
+    else:
+        mates, room = ahead.mates, ahead.room
+    return mates * rates.prompt_s(tokens if tokens < room else room, 0) if mates else 0.0
 
 
 def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
@@ -171,20 +195,30 @@ def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
     return (behind + meanwhile) / (1.0 - busy.load)
 
 
-def cost(tokens: int, matched: Matched, load: Load, rates: Rates, busy: Busy) -> Cost:
+def cost(tokens: int, matched: Matched, ahead: Ahead, rates: Rates, busy: Busy, now: float) -> Cost:
     """Of a prompt of so many tokens at one worker."""
-    there, slow = prefix(tokens, matched, rates), slowness(load, rates)
-    ahead_s = queue_s(load, rates, slow)
-    load_s, compute_s = there.load_s, slow * there.compute_s
-    full_s = room_s(tokens, load, rates) - ahead_s  # prompts before it are computed meanwhile
-    if full_s < 0.0:
-        full_s = 0.0
+    there, load, slow = prefix(tokens, matched, rates), ahead.load, ahead.slow(now)
+    ahead_s = ahead.queue_s(now, slow)
+    load_s, compute_s, full_s = there.load_s, slow * there.compute_s, 0.0
+    free, running, answer_tokens = load.free_tokens, load.running, rates.answer_tokens
+    if free is not None and free < tokens + answer_tokens:
+        full_s = max(0.0, room_s(tokens, load, rates) - ahead_s)  # prompts before it are computed meanwhile
+    _, request_s, context_s = ahead.decode
+    longer_s = request_s + context_s * tokens  # every step, for itself and for all others
+    pause_s = running * compute_s / answer_tokens  # of those that run, while its prompt is computed
     return Cost(
         ahead_s,
         full_s,
         load_s,
         compute_s,
-        interval_s(tokens, compute_s, load, rates),
-        slow * step_s(tokens - there.cached, load, rates),
+        ahead.interval_s + (ahead.others + 1) * longer_s + pause_s,
+        slow * step_s(tokens - there.cached, ahead, rates, now),
         later_s(load_s + compute_s, ahead_s + full_s, busy),
     )
+
+
+def _last_step(prompts: int, tokens: int, chunk_tokens: int) -> tuple[float, int]:
+    """Of so much in line: how many of the prompts the last step has on average, and for how many tokens more there is
+    room in it."""
+    last = tokens % chunk_tokens
+    return prompts * last / max(1, tokens), chunk_tokens - last

@@ -36,6 +36,7 @@ class Made(msgspec.Struct):
     ended_at: float | None = None
     outcome: str = ""
     tried: tuple[str, ...] = ()  # workers that failed it before this decision
+    unknown: str = ""  # why its tokens are not known: `tokens` is a guess then
 
     def first_token(self, now: float) -> None:
         self.first_at = now

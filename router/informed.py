@@ -30,7 +30,7 @@ from kvd.router.rates import LEARN_S, Rates
 from kvd.router.seen import Seen
 from kvd.router.steering import Choice, Incoming, Outcome, Worker
 from kvd.router.usage import Usage
-from kvd.router.work import Request, Work
+from kvd.router.work import Request
 
 _NOTHING = Matched()
 
@@ -115,11 +115,12 @@ class Informed(LeastBusy):
         won = choice.winner.candidate
         worker, matched, load = won.worker, won.matched, won.load
         made = self.decisions.add(request, choice, now, tuple(asked.tried))
+        made.unknown = prompt.unknown
         chain, block_tokens = self._chain(worker, prompt)
         cached = max(matched)
         best = max(cached, max(map(max, held.values()), default=0))
         rates = self._knowledge.rates(worker)
-        expected_s = rates.prefill_s(load.queued.plus(Work.of(prompt.tokens, cached)))
+        expected_s = rates.prefill_s(load.queued) + rates.prompt_s(prompt.tokens, cached)
         self._number += 1
         life = Life(
             str(self._number), worker, prompt, chain, block_tokens, matched, best, made,
@@ -163,8 +164,7 @@ class Informed(LeastBusy):
             life.expected_at = now + life.expected_s
             self._unheard[life.id] = life
         if life.prompt.exact and not life.again:  # who asks again would find itself among those who asked before
-            seen = self._seen.leading(life.chain) * life.block_tokens
-            self._seen.note(life.chain)
+            seen = self._seen.note(life.chain) * life.block_tokens
             self.ledger.sent(life.id, seen, life.best, life.matched)
 
     def first_byte(self, choice: Choice, status: int, now: float) -> None:

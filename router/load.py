@@ -39,7 +39,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
 
     queued: Work = NO_WORK  # sent and not prefilled
     head: Work = NO_WORK  # of the next that will have its first token
-    head_s: float = 0.0  # for how long that has been computed
+    head_at: float = 0.0  # since when that is being computed; says nothing where nothing waits
     running: int = 0  # have their first token, not their last
     context_tokens: int = 0  # of those
     free_tokens: int | None = None  # of KV memory when all that waits is in; below zero: some wait for it
@@ -110,7 +110,7 @@ class _Worker:
     fresh: int = 0  # that run, and were sent after the report
     taken: int = 0  # tokens of those, less those of what was sent before it, ran, and has left since
     line: tuple[Work, Work] | None = None  # what is queued by the report, and its head; None: look anew
-    load: Load | None = None  # as it was believed at the last look, but for `head_s`; None: look anew
+    load: Load | None = None  # as it was believed at the last look; None: look anew
     believed: bool = False  # the report, at the last look
 
 
@@ -236,7 +236,7 @@ class ActiveLoad:
         there.line = there.load = None
 
     def at(self, worker: str, now: float) -> Load:
-        """A worker that nobody has heard of is idle."""
+        """A worker that nobody has heard of is idle. The same object as long as nothing happens there."""
         there = self._workers.get(worker)
         if there is None:
             return _IDLE
@@ -245,11 +245,7 @@ class ActiveLoad:
         if load is None or there.believed is not believed:
             load = there.load = _corrected(there, report) if report is not None and believed else _own(there)
             there.believed = believed
-        if not there.waiting:
-            return load
-        # What was done before the report is not waiting any more.
-        since = max(there.since, report.made_at) if report is not None and believed else there.since
-        return Load(load.queued, load.head, now - since, load.running, load.context_tokens, load.free_tokens)
+        return load
 
     # -- inside -------------------------------------------------------------------------------------------
 
@@ -301,7 +297,7 @@ def _since(there: _Worker, at: float) -> tuple[int, int]:
 def _own(there: _Worker) -> Load:
     """What is known without a report."""
     head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
-    return Load(there.queued, head, 0.0, there.running, there.context)
+    return Load(there.queued, head, there.since if there.waiting else 0.0, there.running, there.context)
 
 
 def _corrected(there: _Worker, report: Report) -> Load:
@@ -311,10 +307,12 @@ def _corrected(there: _Worker, report: Report) -> Load:
     running = max(there.fresh, there.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
     claimed = report.used_tokens + there.taken + round(there.sharing * there.whole) + others.tokens
+    # What was done before the report is not waiting any more.
+    since = max(there.since, report.made_at) if there.waiting else 0.0
     return Load(
         queued,
         head,
-        0.0,
+        since,
         running,
         max(0, there.context + round(each * (running - there.running))),
         min(report.most_tokens, report.most_tokens - claimed),

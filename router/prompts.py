@@ -25,6 +25,7 @@ _AT_ONCE_BYTES: Final = 128 << 10  # bodies; rendering and hashing what is longe
 NO_MANNER: Final = "no credit"  # beside `Why`: there is no worker whose tokens could be made
 FAILED: Final = "failed"
 _MOST_KINDS: Final = 32
+_MOST_DETAIL: Final = 120  # characters
 _MOST_THREADS: Final = 2
 
 _Chains = dict[Manner, Sequence[int]]
@@ -47,6 +48,7 @@ class Prompt(msgspec.Struct, frozen=True, eq=False):
     chain: Sequence[int] = ()  # one of them
     block_tokens: int = 1
     stored: Mapping[Manner, Sequence[int]] = {}
+    unknown: str = ""  # why its tokens are not known, in a few words
 
 
 class Prompts:
@@ -67,33 +69,40 @@ class Prompts:
         made: dict[Manner, list[Tokenised]] = {}
         chains: _Chains = {}
         stored: _Chains = {}
+        unknown = ""
         try:
             manners = self._manners(workers, model)
             if not manners:
                 self.counts[NO_MANNER] += 1
+                unknown = NO_MANNER
             elif len(request.body) > _AT_ONCE_BYTES:
                 made, chains, stored = await self._in_thread(manners, request.path, body)
             else:
                 made, chains, stored = await _made_soon(manners, request.path, body)
         except Exception as error:
             self.failed(error)
+            unknown = f"{FAILED}: {type(error).__name__}"
         stream, single = told.get("stream") is True, _single(told)
         known = next((manner for manner, each in made.items() if all(one.ids is not None for one in each)), None)
         if known is None:
-            return Prompt(model, stream, self._guess(request.body, made), False, single, {})
+            tokens, why = self._guess(request.body, made)
+            return Prompt(model, stream, tokens, False, single, {}, unknown=unknown or why)
         self.counts["tokens"] += 1
         prompts = made[known]
         tokens, exact = sum(len(each.ids or ()) for each in prompts), len(prompts) == 1
         page_tokens = known.scheme.page_tokens
         return Prompt(model, stream, tokens, exact, single and exact, chains, chains[known], page_tokens, stored)
 
-    def _guess(self, body: bytes, made: Mapping[Manner, list[Tokenised]]) -> int:
-        """How long a prompt may be that has no tokens; counts why."""
-        reason = next((one.reason for each in made.values() for one in each if one.reason is not None), None)
-        if reason is not None:
-            self.counts[reason] += 1
+    def _guess(self, body: bytes, made: Mapping[Manner, list[Tokenised]]) -> tuple[int, str]:
+        """How long a prompt may be that has no tokens, and why it has none, which is counted."""
+        none = next((one for each in made.values() for one in each if one.reason is not None), None)
         tokens = len(body) // BYTES_PER_TOKEN + 1
-        return min(tokens, MOST_MEDIA_TOKENS) if reason == Why.MULTIMODAL else tokens
+        if none is None or none.reason is None:
+            return tokens, ""
+        self.counts[none.reason] += 1
+        detail = repr(none.detail[:_MOST_DETAIL])[1:-1]  # no control characters into logs and terminals
+        most = MOST_MEDIA_TOKENS if none.reason == Why.MULTIMODAL else tokens
+        return min(tokens, most), f"{none.reason}: {detail}" if detail else str(none.reason)
 
     def failed(self, error: Exception) -> None:
         """Counted, and said once of each kind."""

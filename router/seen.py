@@ -35,18 +35,17 @@ class Seen:
         self._now, self._before = self._empty(), self._empty()
         self._noted = 0
 
-    def leading(self, chain: Sequence[int]) -> int:
-        """How many blocks from the first on were noted lately."""
-        return max(self._known(self._now, chain), self._known(self._before, chain))
-
-    def note(self, chain: Sequence[int]) -> None:
-        """These are asked for now."""
+    def note(self, chain: Sequence[int]) -> int:
+        """These are asked for now. How many blocks from the first on had been noted lately."""
+        here = self._known(self._now, chain)
+        known = here if here == len(chain) else max(here, self._known(self._before, chain))
         if self._noted >= self._capacity:
-            self._now, self._before, self._noted = self._empty(), self._now, 0
-        for block in chain[self._known(self._now, chain) :]:
+            self._now, self._before, self._noted, here = self._empty(), self._now, 0, 0
+        for block in chain[here:]:
             at, mask = self._place(block)
             self._now[at] |= mask
             self._noted += 1
+        return known
 
     def _known(self, words: "array[int]", chain: Sequence[int]) -> int:
         """How many leading blocks are in: in steps that double, then halve."""

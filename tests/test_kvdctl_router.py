@@ -66,7 +66,10 @@ def test_explain_shows_each_attempt_and_what_is_not_known_yet(told: ToldRouter) 
     assert "actual     no first token was seen" in unfinished
     assert "cached     the engine has not said" in unfinished
     assert "outcome    not over yet" in unfinished
-    assert f"{A} was the only one that could take it" in on(told, "explain", "lone").stdout
+    lone = on(told, "explain", "lone").stdout
+    assert f"{A} was the only one that could take it" in lone
+    assert "a prompt of about 4,096 tokens" in lone
+    assert "tokens are not known, so it went by load alone (multimodal: a part of type image_url)" in lone
 
 
 def test_explain_of_a_policy_without_seconds_shows_none(told: ToldRouter) -> None:

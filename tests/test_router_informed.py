@@ -210,6 +210,8 @@ def test_what_has_no_tokens_is_as_long_as_its_body_and_goes_by_load(table: Table
         plain = await steered.choose(ask(ids(100)), NONE)
         assert not life(plain).prompt.exact
         numbers = steered.describe()
+        said = [made.unknown for made in steered.decisions.last(3)]
+        assert said == ["no credit", "embeds: input_embeds", "multimodal: a part of type image_url"]
         for why in ("multimodal", "embeds", "no credit"):
             assert numbers[f'prompts_total{{tokens="{why}"}}'] == 1
 

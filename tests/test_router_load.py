@@ -23,7 +23,7 @@ def test_a_request_waits_runs_and_is_gone() -> None:
     assert load.at("w", 2.0) == Load(Work(2, 1100, 600 * 700 + 500 * 250), Work(1, 600, 600 * 700), 1.0)
     load.first_token("a", 3.0)
     load.progressed("a", 20)
-    assert load.at("w", 3.25) == Load(Work(1, 500, 500 * 250), Work(1, 500, 500 * 250), 0.25, 1, 1020)
+    assert load.at("w", 3.25) == Load(Work(1, 500, 500 * 250), Work(1, 500, 500 * 250), 3.0, 1, 1020)
     load.finished("a", 4.0)
     load.first_token("b", 4.0)
     load.finished("b", 5.0)
@@ -136,7 +136,7 @@ def test_a_long_prompt_that_is_half_computed_waits_for_its_other_half_only() -> 
     there = load.at("w", 3.25)
     assert there.queued.tokens == 80_000
     assert there.head == Work(1, 30_000, 30_000 * 85_000)
-    assert there.head_s == 0.25  # since the report
+    assert there.head_at == 3.0  # the report: what was done before is not in it
     load.first_token("a", 4.0)
     assert load.at("w", 4.0).queued == Work.of(50_000, 0)  # what was done of the first says nothing of the second
 

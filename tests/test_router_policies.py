@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
-from kvd.router.cost import Busy, cost, later_s, prefix, queue_s, room_s, slowness, step_s
+from kvd.router.cost import Ahead, Busy, cost, later_s, prefix, room_s, step_s
 from kvd.router.load import Load
 from kvd.router.policies.baselines import CacheAware, Dynamo, Lmetric, Random, RoundRobin
 from kvd.router.policies.choice import Candidate, Matched, Policy
@@ -20,9 +20,10 @@ def request(name: str = "r", tokens: int = 8192, first: int = 0) -> Request:
     return Request(name, tokens, range(first, first + tokens // 512), 512)
 
 
-def busy(prompts: int = 1, tokens: int = 50_000, running: int = 0, context: int = 0) -> Load:
+def busy(prompts: int = 1, tokens: int = 50_000, running: int = 0, context: int = 0, now: float = 0.0) -> Load:
+    """One that begins with its work just now."""
     work = Work(prompts, tokens, tokens * 4000.0)
-    return Load(work, work, 0.0, running, context, 500_000)
+    return Load(work, work, now, running, context, 500_000)
 
 
 def idle(free: int = 500_000, running: int = 0, context: int = 0) -> Load:
@@ -148,7 +149,7 @@ def test_a_prompt_leaves_its_prefix_later_where_others_depend_on_theirs() -> Non
     policy = ours()
     for number in range(200):  # prompts whose prefixes are at one worker only
         policy.choose(longer._replace(id=str(number)), of(idle(), idle(), matched=prefixes), number / 50)
-    assert policy.choose(longer, of(busy(tokens=160_000), idle(), matched=prefixes), 4.0).worker == "w0"
+    assert policy.choose(longer, of(busy(tokens=160_000, now=4.0), idle(), matched=prefixes), 4.0).worker == "w0"
 
 
 def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
@@ -156,38 +157,48 @@ def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
     waits_s = room_s(8192, full, RATES)
     assert waits_s > 1.0
     for before, line_s in ((Work.of(8192, 0), RATES.prefill_s(Work.of(8192, 0))), (Work.of(400_000, 0), 1e9)):
-        terms = cost(8192, Matched(), replace(full, queued=before, head=before), RATES, Busy(0.0, 0.0, 0.0, 0.0))
+        ahead = Ahead.of(replace(full, queued=before, head=before), RATES)
+        terms = cost(8192, Matched(), ahead, RATES, Busy(0.0, 0.0, 0.0, 0.0), now=0.0)
         assert terms.room_s == pytest.approx(max(0.0, waits_s - line_s))
 
 
 def test_a_rush_is_seen_from_the_first_seconds_on() -> None:
-    policy, there = ours(), of(busy(), busy())
+    policy = ours()
+
+    def comes(name: str, now: float) -> float:
+        there = of(busy(now=now), busy(now=now))
+        return policy.choose(request(name, 1024), there, now).winner.terms["later_s"]
+
     for number in range(50):
-        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
-    early = policy.choose(request("early", 1024), there, now=5.0).winner.terms["later_s"]
+        comes(f"r{number}", number / 10)
+    early = comes("early", 5.0)
     for number in range(50, 1200):
-        policy.choose(request(f"r{number}", 1024), there, now=number / 10)
-    late = policy.choose(request("late", 1024), there, now=120.0).winner.terms["later_s"]
+        comes(f"r{number}", number / 10)
+    late = comes("late", 120.0)
     assert early == pytest.approx(late, rel=0.1)  # as many came per second
 
 
 def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
-    policy, loads = ours(), (busy(tokens=20_000), busy(tokens=20_000))
+    policy = ours()
+
+    def loads(now: float) -> list[Candidate]:
+        return of(busy(tokens=20_000, now=now), busy(tokens=20_000, now=now))
+
     for number in range(60):
-        few = number % 10 == 0  # a worker that is not asked about is not forgotten for that
-        policy.choose(request(f"r{number}", 1024, first=number), of(*loads)[few : few + 1], now=number / 10)
-    choice = policy.choose(request("long", 65_536), of(*loads), now=6.0)
+        few, now = number % 10 == 0, number / 10  # a worker that is not asked about is not forgotten for that
+        policy.choose(request(f"r{number}", 1024, first=number), loads(now)[few : few + 1], now)
+    choice = policy.choose(request("long", 65_536), loads(6.0), now=6.0)
     terms = {each.candidate.worker: each.terms["later_s"] for each in choice.ranked}
     assert (choice.worker, terms["w1"] < terms["w0"]) == ("w1", True)
 
 
 def test_prompts_that_would_share_a_step_count_for_each_other() -> None:
     small = Work.of(100, 0)
-    waiting = Load(queued=small.plus(small), head=small, head_s=0.0, running=4, context_tokens=4000)
-    assert step_s(4000, waiting, RATES) == pytest.approx(2 * RATES.prefill_s(Work.of(4000, 0)))
-    assert step_s(4000, Load(), RATES) == 0.0
-    begun = replace(waiting, head_s=10.0)  # that step cannot grow any more
-    assert step_s(4000, begun, RATES) == pytest.approx(RATES.prefill_s(Work.of(4000, 0)))
+    waiting = Ahead.of(Load(queued=small.plus(small), head=small, running=4, context_tokens=4000), RATES)
+    assert step_s(4000, waiting, RATES, now=0.0) == pytest.approx(2 * RATES.prefill_s(Work.of(4000, 0)))
+    assert step_s(4000, Ahead.of(Load(), RATES), RATES, now=0.0) == 0.0
+    # Once it has begun that step cannot grow any more.
+    assert step_s(4000, waiting, RATES, now=10.0) == pytest.approx(RATES.prefill_s(Work.of(4000, 0)))
 
 
 # -- load or recompute ------------------------------------------------------------------------------------
@@ -230,24 +241,40 @@ def test_a_slow_piece_in_the_middle_is_loaded_for_what_comes_after_it() -> None:
 
 def test_the_queue_shrinks_while_its_head_is_computed() -> None:
     work = Work.of(8192, 0)
-    whole = queue_s(Load(work.plus(work), work, 0.0), RATES)
+    ahead = Ahead.of(Load(work.plus(work), work, head_at=7.0), RATES)
+    whole = ahead.queue_s(7.0)
     assert whole == pytest.approx(2 * RATES.prefill_s(work))
-    assert queue_s(Load(work.plus(work), work, 0.1), RATES) == pytest.approx(whole - 0.1)
-    assert queue_s(Load(work.plus(work), work, 99.0), RATES) == pytest.approx(whole / 2)
-    assert queue_s(Load(), RATES) == 0.0
+    assert ahead.queue_s(7.1) == pytest.approx(whole - 0.1)
+    assert ahead.queue_s(99.0) == pytest.approx(whole / 2)
+    assert Ahead.of(Load(), RATES).queue_s(7.0) == 0.0
+
+
+def test_what_is_ahead_holds_until_the_load_or_the_rates_are_others() -> None:
+    rates, load = Rates(), idle(running=1)
+    ahead = Ahead.of(load, rates)
+    assert ahead.holds(load, rates)
+    assert not ahead.holds(idle(running=1), rates)
+    rates.prefilled(Work.of(8192, 0), 9.0)
+    assert not ahead.holds(load, rates)
+    ahead = Ahead.of(load, rates)
+    rates.decoded(1, 1000, 9.0)
+    assert not ahead.holds(load, rates)
+    ahead = Ahead.of(load, rates)
+    rates.chunk_tokens *= 2
+    assert not ahead.holds(load, rates)
+    assert Ahead.of(load, rates).holds(load, rates)
 
 
 def test_a_worker_that_does_not_get_on_is_as_slow_as_it_looks() -> None:
     work = Work.of(4000, 0)
     alone_s = RATES.prefill_s(work)
-    for head_s, slow in ((0.0, 1.0), (1.9 * alone_s, 1.0), (2.5 * alone_s, 1.5), (101 * alone_s, 100.0)):
-        assert slowness(Load(work, work, head_s), RATES) == pytest.approx(slow)
-    assert slowness(Load(), RATES) == 1.0
+    waiting = Ahead.of(Load(work, work), RATES)
+    for now, slow in ((0.0, 1.0), (1.9 * alone_s, 1.0), (2.5 * alone_s, 1.5), (101 * alone_s, 100.0)):
+        assert waiting.slow(now) == pytest.approx(slow)
+    assert Ahead.of(Load(), RATES).slow(1e6) == 1.0
     mates = Work(4, 4 * work.tokens // 2, 4 * work.pairs / 2)  # one step computes them all
-    assert slowness(Load(mates, work, 2 * RATES.prefill_s(mates)), RATES) == 1.0
-    stuck, free = Load(work, work, 60.0), Load()
-    there, here = (cost(4000, Matched(gpu=3900), load, RATES, Busy(0.0, 0.0, 0.0, 0.0)) for load in (stuck, free))
+    assert Ahead.of(Load(mates, work), RATES).slow(2 * RATES.prefill_s(mates)) == 1.0
+    nobody, free = Busy(0.0, 0.0, 0.0, 0.0), Ahead.of(Load(), RATES)
+    there, here = (cost(4000, Matched(gpu=3900), ahead, RATES, nobody, 60.0) for ahead in (waiting, free))
     assert there.compute_s > 10 * here.compute_s
-    assert cost(4000, Matched(), free, RATES, Busy(0.0, 0.0, 0.0, 0.0)).ttft_s < there.ttft_s, (
-        "its prefix does not help"
-    )
+    assert cost(4000, Matched(), free, RATES, nobody, 60.0).ttft_s < there.ttft_s, "its prefix does not help"

@@ -88,7 +88,7 @@ class Table:
 
 def chosen(now: float) -> Decisions:
     """`answered`: as it should be; `open`: has no first token; `twice`: failed, and was sent again; `blocks`: by a
-    policy that knows no seconds; `lone`: there was one worker."""
+    policy that knows no seconds; `lone`: there was one worker, and no tokens."""
     decisions, rates = Decisions(), Rates(token_bytes=131072)
     kvd, lmetric = Kvd(lambda _: rates), Lmetric(lambda: 0.5)
     candidates = [
@@ -101,7 +101,7 @@ def chosen(now: float) -> Decisions:
         request = Request(name, 4096, range(4096 // BLOCK), BLOCK)
         return decisions.add(request, by.choose(request, among, now - at), now - at)
 
-    decide("lone", 9.0, among=candidates[:1])
+    decide("lone", 9.0, among=candidates[:1]).unknown = "multimodal: a part of type image_url"
     decide("blocks", 8.0, lmetric)
     failed = decide("twice", 7.0)
     failed.ended_at, failed.outcome = now - 6.9, "unreachable"

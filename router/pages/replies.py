@@ -43,6 +43,7 @@ class Decision(msgspec.Struct, frozen=True):
     cached_tokens: int | None = None  # as the engine says
     took_s: float | None = None  # from the choice to the end
     outcome: str = ""
+    unknown: str = ""  # why no tokens could be made of it: `tokens` is a guess then
 
 
 class Decisions(Reply, frozen=True):

@@ -49,6 +49,7 @@ def _decision(made: Made, most: int, now: float) -> replies.Decision:
         cached_tokens=made.cached,
         took_s=None if made.ended_at is None else made.ended_at - made.at,
         outcome=made.outcome,
+        unknown=made.unknown,
     )
 
 

@@ -50,7 +50,7 @@ class Scored(msgspec.Struct, frozen=True, gc=False):
     @property
     def terms(self) -> Mapping[str, float]:
         """The figures by name."""
-        return self.made_of if isinstance(self.made_of, Mapping) else asdict(self.made_of)
+        return asdict(self.made_of) if isinstance(self.made_of, msgspec.Struct) else self.made_of
 
 
 class Choice(msgspec.Struct, frozen=True):

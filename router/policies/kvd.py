@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 import xxhash
 
-from kvd.router.cost import Busy, cost
+from kvd.router.cost import Ahead, Busy, cost
 from kvd.router.policies.choice import Candidate, Choice, Scored, by_cost
 from kvd.router.rates import Rates
 from kvd.router.work import Request
@@ -22,15 +22,14 @@ _FULL: Final = 0.95  # workers that get more than they can do catch up some day
 _FORGOTTEN: Final = 1e-4  # of an arrival
 
 
-class _Recent(msgspec.Struct, gc=False):
-    """What came to a worker, less the older it is: in weights of their moments, to be divided by today's."""
+class _Known(msgspec.Struct):
+    """Of a worker: what came to it, less the older it is, in weights of their moments, to be divided by today's; and
+    what a prompt met there at the last look."""
 
     arrivals: float = 0.0
     work_s: float = 0.0
     elsewhere_s: float = 0.0  # how much later first tokens would have come from the next best worker
-
-
-_NONE: Final = _Recent()
+    ahead: Ahead | None = None
 
 
 class Kvd:
@@ -40,57 +39,70 @@ class Kvd:
 
     def __init__(self, rates: Callable[[str], Rates]) -> None:
         self._rates = rates
-        self._recent: dict[str, _Recent] = {}
+        self._known: dict[str, _Known] = {}
         self._began: float | None = None
         self._at = self._anew_at = 0.0
         self._weight = 1.0  # of what comes now: instead of all that came before fading, what comes counts more
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
         self._pass(now)
-        tokens, rates = request.tokens, self._rates
-        recent = [self._recent.get(each.worker, _NONE) for each in candidates]
-        window_s, mean = self._mean(recent)
-        scored = []
-        for each, came in zip(candidates, recent, strict=True):
-            arrivals_per_s = (came.arrivals / self._weight + 1.0) / window_s  # this one included
-            busy = Busy(arrivals_per_s, mean.mean_per_s, mean.load, mean.elsewhere_s)
-            terms = cost(tokens, each.matched, each.load, rates(each.worker), busy)
-            scored.append(Scored(each, terms.total_s, terms, terms.ttft_s))
+        known = [self._of(each.worker) for each in candidates]
         choice = by_cost(
             self.name,
-            scored,
+            self._scored(request.tokens, candidates, known, now),
             lambda each: (-(each.candidate.load.free_tokens or 0), -_draw(request, each.candidate.worker)),
         )
         self._came(choice)
         return choice
 
-    def _mean(self, recent: Sequence[_Recent]) -> tuple[float, Busy]:
-        """The time that what is recent came in, as far as it counts: less than the memory at first. And how busy all
-        are, this request included; what comes to one of them is filled in for each."""
-        elapsed_s = self._at - (self._at if self._began is None else self._began)
-        window_s = max(_SHORTEST_S, _MEMORY_S * (1.0 - exp(-elapsed_s / _MEMORY_S)))
+    def _of(self, worker: str) -> _Known:
+        known = self._known.get(worker)
+        if known is None:
+            known = self._known[worker] = _Known()
+        return known
+
+    def _scored(
+        self, tokens: int, candidates: Sequence[Candidate], known: Sequence[_Known], now: float
+    ) -> list[Scored]:
+        rates_of, weight, window_s = self._rates, self._weight, self._window_s()
+        mean_per_s, busy_part, elsewhere_s = self._mean(known, window_s)
+        scored = []
+        for each, here in zip(candidates, known, strict=True):
+            load, rates, ahead = each.load, rates_of(each.worker), here.ahead
+            if ahead is None or not ahead.holds(load, rates):
+                ahead = here.ahead = Ahead.of(load, rates)
+            arrivals_per_s = (here.arrivals / weight + 1.0) / window_s  # this one included
+            busy = Busy(arrivals_per_s, mean_per_s, busy_part, elsewhere_s)
+            terms = cost(tokens, each.matched, ahead, rates, busy, now)
+            ttft_s = terms.ttft_s
+            scored.append(Scored(each, ttft_s + terms.interval_s + terms.step_s + terms.later_s, terms, ttft_s))
+        return scored
+
+    def _mean(self, known: Sequence[_Known], window_s: float) -> tuple[float, float, float]:
+        """What is in Busy of all workers: this request included."""
         arrivals = work_s = elsewhere_s = 0.0
-        for came in recent:
-            arrivals += came.arrivals
-            work_s += came.work_s
-            elsewhere_s += came.elsewhere_s
-        each_s = len(recent) * window_s
-        return window_s, Busy(
-            arrivals_per_s=0.0,
-            mean_per_s=(arrivals / self._weight + 1.0) / each_s,
-            load=min(_FULL, work_s / self._weight / each_s),
-            elsewhere_s=elsewhere_s / arrivals if arrivals else 0.0,
+        for here in known:
+            arrivals += here.arrivals
+            work_s += here.work_s
+            elsewhere_s += here.elsewhere_s
+        each_s = len(known) * window_s
+        return (
+            (arrivals / self._weight + 1.0) / each_s,
+            min(_FULL, work_s / self._weight / each_s),
+            elsewhere_s / arrivals if arrivals else 0.0,
         )
+
+    def _window_s(self) -> float:
+        """The time that what is recent came in, as far as it counts: less than the memory at first."""
+        elapsed_s = self._at - (self._at if self._began is None else self._began)
+        return max(_SHORTEST_S, _MEMORY_S * (1.0 - exp(-elapsed_s / _MEMORY_S)))
 
     def _came(self, choice: Choice) -> None:
         """To the winner."""
-        came = self._recent.get(choice.worker)
-        if came is None:
-            came = self._recent[choice.worker] = _Recent()
-        weight, terms = self._weight, choice.winner.terms
-        came.arrivals += weight
-        came.work_s += weight * (terms["load_s"] + terms["compute_s"])
-        came.elsewhere_s += weight * _elsewhere_s(choice)
+        here, weight, terms = self._of(choice.worker), self._weight, choice.winner.terms
+        here.arrivals += weight
+        here.work_s += weight * (terms["load_s"] + terms["compute_s"])
+        here.elsewhere_s += weight * _elsewhere_s(choice)
 
     def _pass(self, now: float) -> None:
         """Time passes. Weights begin anew before they are large, without those that count no more."""
@@ -100,9 +112,9 @@ class Kvd:
         memories = (self._at - self._anew_at) / _MEMORY_S
         if memories > 1.0:
             part, memories, self._anew_at = exp(-memories), 0.0, self._at
-            kept = [(name, came) for name, came in self._recent.items() if came.arrivals * part > _FORGOTTEN]
-            self._recent = {
-                name: _Recent(part * came.arrivals, part * came.work_s, part * came.elsewhere_s) for name, came in kept
+            kept = [(name, here) for name, here in self._known.items() if here.arrivals * part > _FORGOTTEN]
+            self._known = {
+                name: _Known(part * here.arrivals, part * here.work_s, part * here.elsewhere_s) for name, here in kept
             }
         self._weight = exp(memories)
 

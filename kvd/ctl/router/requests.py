@@ -52,7 +52,10 @@ def last(link: RouterLink, count: int, as_json: bool) -> None:
 
 
 def _facts(made: replies.Decision) -> Iterator[tuple[str, str]]:
-    yield "request", f"{made.request}, {span(made.age_s)} ago: a prompt of {made.tokens:,} tokens"
+    length = f"{'about ' if made.unknown else ''}{made.tokens:,} tokens"
+    yield "request", f"{made.request}, {span(made.age_s)} ago: a prompt of {length}"
+    if made.unknown:
+        yield "no prefix", f"its tokens are not known, so it went by load alone ({made.unknown})"
     yield "went to", f"{made.worker} (policy {made.policy}, {made.candidates} candidates)"
     yield "why", made.why
     predicted, actual = made.predicted_ttft_s, made.actual_ttft_s
