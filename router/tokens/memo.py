@@ -190,8 +190,9 @@ class Memo:
 
     def _mark(self, trunk: Trunk, marks: Sequence[int]) -> None:
         """With those of its text's marks that lie within it; what another trunk had becomes this one's."""
-        trunk.marks += marks[len(trunk.marks) : _within(len(trunk.text))]
-        for mark in trunk.marks:
+        new = marks[len(trunk.marks) : _within(len(trunk.text))]
+        trunk.marks += new
+        for mark in new:
             self._marked[mark] = trunk
 
     def _account(self, trunk: Trunk) -> None:

@@ -110,8 +110,11 @@ class ChatTemplate:
         """
         given = {**self._given, **variables} if variables else self._given.copy()
         given["messages"], given["tools"], given["add_generation_prompt"] = messages, tools, add_generation_prompt
-        # As the template's render() does it, which copies what is given twice more.
-        return "".join(self._compiled.root_render_func(self._compiled.new_context(given, shared=True)))
+        # As the template's render() does it, which copies what is given twice more, and notes what its globals are
+        # called for templates that include others.
+        made = self._compiled
+        context = jinja2.runtime.new_context(made.environment, made.name, made.blocks, given, shared=True)
+        return "".join(made.root_render_func(context))
 
     def _takes_inline_system(self) -> bool:
         """SGLang's own probe: no special tokens, no tools, nothing but messages."""
