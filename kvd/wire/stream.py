@@ -2,6 +2,7 @@
 
 Two ZeroMQ sockets. PUB: SGLang's own frames, `[topic][seq, 8 bytes big-endian][batch]`, see kvd.sglang_events; all
 events of a batch are of one `Source`, and the first one carries a `Head` under the key "kvd", which others ignore.
+Behind the topic, in its frame, is the same without tokens (kvd.brief): all that a router reads.
 ROUTER: SGLang's replay (`[b""][seq]`), and `[b""][GetSnapshot]`, answered by `[b""][SnapshotPart]` until the last.
 
     seq    counts the batches of one life of kvd, from 0; `epoch` is another one in each life
@@ -87,10 +88,9 @@ def pack_hashes(hashes: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_hashes(raw: bytes) -> list[int]:
+def unpack_hashes(raw: bytes) -> "array[int]":
     """The reverse. Raises ValueError for another length than a multiple of 8."""
-    packed = array("q")
-    packed.frombytes(raw)
+    packed = array("q", raw)
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tolist()
+    return packed

@@ -1,0 +1,105 @@
+"""A batch of a node's stream in short: what an index needs of it, without tokens, which are most of its bytes. Pure.
+
+It lies in the batch's first frame, behind the topic: to ZeroMQ a topic is how a message begins, so who reads the batch
+itself, as SGLang's clients do, never looks at it, and who reads this never looks at the batch.
+
+    "kvd" [head, [change, ...]]                          msgpack; the head is encoded by itself, as bytes: most batches
+                                                         bear the same one, which is then decoded once
+    change   [0, medium, parent | nil, hashes]           stored, each the child of the one before, the first of parent
+             [1, medium, hashes]                         removed, in any order
+             [2, medium | nil]                           nothing is held any more, of that medium or at all
+
+Hashes are packed as in snapshots (kvd.wire.stream).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Final, NamedTuple
+
+import msgspec
+
+from kvd.errors import PeerError
+from kvd.sglang_events import GPU, MAX_BATCH_BYTES, AnyEvent, Cleared, Removed, encode, read_frames
+from kvd.wire.stream import TOPIC, Head, pack_hashes
+
+_HEADS: Final = 1024  # that are remembered as bytes and decoded
+_HASH_BYTES: Final = 8
+
+
+class Kept(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
+    medium: str
+    parent: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None
+    hashes: bytes
+
+
+class Gone(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
+    medium: str
+    hashes: bytes
+
+
+class Emptied(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
+    medium: str | None
+
+
+Change = Kept | Gone | Emptied
+
+
+class Brief(NamedTuple):
+    """All changes are of the head's source. Batches that bear the same head share one object."""
+
+    head: Head
+    changes: Sequence[Change]
+
+
+class _Packed(msgspec.Struct, array_like=True, gc=False):
+    head: bytes
+    changes: list[Change]
+
+
+_packed = msgspec.msgpack.Decoder(_Packed).decode
+_head = msgspec.msgpack.Decoder(Head).decode
+
+
+def first_frame(head: Head, events: Iterable[AnyEvent]) -> bytes:
+    """Topic and brief of a batch. Its hashes are signed 64-bit numbers."""
+    changes = [_change(event) for event in events if isinstance(event, Cleared) or event.block_hashes]
+    return TOPIC + encode(_Packed(encode(head), changes))
+
+
+class Briefs:
+    """Reads them. Remembers heads, some."""
+
+    def __init__(self) -> None:
+        self._heads: dict[bytes, Head] = {}
+
+    def read(self, frames: Sequence[bytes]) -> tuple[int, Brief] | None:
+        """Number and brief of a message, published or replayed; None where it ends a replay. Raises PeerError."""
+        message = read_frames(frames)
+        if message is None:
+            return None
+        first = frames[-3] if len(frames) > 2 else b""
+        if len(first) <= len(TOPIC) or len(first) > MAX_BATCH_BYTES:
+            raise PeerError("a batch without kvd's brief", "is this endpoint a worker's own publisher?")
+        try:
+            packed = _packed(first[len(TOPIC) :])
+            head = self._heads.get(packed.head) or self._remember(packed.head)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise PeerError(f"not a brief of a batch: {error}") from error
+        for change in packed.changes:
+            if not isinstance(change, Emptied) and len(change.hashes) % _HASH_BYTES:
+                raise PeerError(f"{len(change.hashes)} bytes of hashes")
+        return message[0], Brief(head, packed.changes)
+
+    def _remember(self, raw: bytes) -> Head:
+        if len(self._heads) >= _HEADS:
+            self._heads.clear()
+        found = self._heads[raw] = _head(raw)
+        return found
+
+
+def _change(event: AnyEvent) -> Change:
+    if isinstance(event, Cleared):
+        return Emptied(event.medium)
+    medium = event.medium or GPU
+    if isinstance(event, Removed):
+        return Gone(medium, pack_hashes(event.block_hashes))
+    return Kept(medium, event.parent_block_hash, pack_hashes(event.block_hashes))
