@@ -9,17 +9,18 @@ itself, as SGLang's clients do, never looks at it, and who reads this never look
              [1, medium, hashes]                         removed, in any order
              [2, medium | nil]                           nothing is held any more, of that medium or at all
 
-Hashes are packed as in snapshots (kvd.wire.stream).
+Hashes are packed as in snapshots (kvd.wire.stream). SGLang says one event for each block: those that go on where the
+one before ended are one change here.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Final, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
 from kvd.errors import PeerError
 from kvd.sglang_events import GPU, MAX_BATCH_BYTES, AnyEvent, Cleared, Removed, encode, read_frames
-from kvd.wire.stream import TOPIC, Head, pack_hashes
+from kvd.wire.stream import TOPIC, Hash, Head, pack_hashes
 
 _HEADS: Final = 1024  # that are remembered as bytes and decoded
 _HASH_BYTES: Final = 8
@@ -27,7 +28,7 @@ _HASH_BYTES: Final = 8
 
 class Kept(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
     medium: str
-    parent: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None
+    parent: Hash | None
     hashes: bytes
 
 
@@ -61,8 +62,7 @@ _head = msgspec.msgpack.Decoder(Head).decode
 
 def first_frame(head: Head, events: Iterable[AnyEvent]) -> bytes:
     """Topic and brief of a batch. Its hashes are signed 64-bit numbers."""
-    changes = [_change(event) for event in events if isinstance(event, Cleared) or event.block_hashes]
-    return TOPIC + encode(_Packed(encode(head), changes))
+    return TOPIC + encode(_Packed(encode(head), list(_changes(events))))
 
 
 class Briefs:
@@ -96,10 +96,36 @@ class Briefs:
         return found
 
 
-def _change(event: AnyEvent) -> Change:
+class _Said(NamedTuple):
+    """Of one event, or of several that are one change."""
+
+    kind: type[Change]
+    medium: str | None
+    parent: int | None
+    hashes: list[int]
+
+
+def _changes(events: Iterable[AnyEvent]) -> Iterator[Change]:
+    said: list[_Said] = []
+    for event in events:
+        one = _said(event)
+        last = said[-1] if said else None
+        if last and last[:2] == one[:2] and (one.kind is Gone or (one.kind is Kept and last.hashes[-1] == one.parent)):
+            last.hashes.extend(one.hashes)
+        elif one.hashes or one.kind is Emptied:
+            said.append(one)
+    for one in said:
+        if one.kind is Emptied:
+            yield Emptied(one.medium)
+        elif one.kind is Gone:
+            yield Gone(one.medium or GPU, pack_hashes(one.hashes))
+        else:
+            yield Kept(one.medium or GPU, one.parent, pack_hashes(one.hashes))
+
+
+def _said(event: AnyEvent) -> _Said:
     if isinstance(event, Cleared):
-        return Emptied(event.medium)
-    medium = event.medium or GPU
+        return _Said(Emptied, event.medium, None, [])
     if isinstance(event, Removed):
-        return Gone(medium, pack_hashes(event.block_hashes))
-    return Kept(medium, event.parent_block_hash, pack_hashes(event.block_hashes))
+        return _Said(Gone, event.medium or GPU, None, list(event.block_hashes))
+    return _Said(Kept, event.medium or GPU, event.parent_block_hash, list(event.block_hashes))

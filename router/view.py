@@ -9,6 +9,7 @@ node itself does not know exactly of a source is in `sources`. What waits here i
 takes is the index's own business.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -32,6 +33,7 @@ class Index(Protocol):
     """What the router looks prefixes up in. A holder is a number of kvd.router.numbering."""
 
     def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> object: ...
+    def store_all(self, holder: int, stretches: Sequence[tuple[int | None, "array[int]"]]) -> object: ...
     def remove(self, holder: int, hashes: Sequence[int]) -> object: ...
     def clear(self, holder: int) -> object: ...
 
@@ -193,10 +195,10 @@ class View:
         if number is None:
             return
         try:
-            for parent, hashes in part.runs:
-                self._index.store(number, parent, wire.unpack_hashes(hashes))
-        except (ValueError, OverflowError) as error:
+            runs = [(parent, wire.unpack_hashes(hashes)) for parent, hashes in part.runs]
+        except ValueError as error:
             raise PeerError(f"a run of hashes: {error}") from error
+        self._index.store_all(number, runs)
 
     def _apply(self, batch: Brief) -> None:
         head = batch.head

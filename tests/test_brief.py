@@ -54,6 +54,23 @@ def test_no_medium_is_the_gpu_and_nothing_removed_is_no_change() -> None:
     assert message == (7, Brief(HEAD, [Kept("GPU", None, pack_hashes([1]))]))
 
 
+def test_events_that_go_on_where_the_one_before_ended_are_one_change() -> None:
+    said = [
+        stored([1], None), stored([2], 1), stored([3, 4], 2), stored([5], 2), stored([6], 5, "CPU_PINNED"),
+        stored([7], 6), removed([4]), removed([3, 5]), removed([6], "CPU_PINNED"), Cleared(), Cleared(),
+        stored([1], None), stored([2]),
+    ]  # fmt: skip
+    message = Briefs().read(frames(first_frame(HEAD, said)))
+    assert message is not None
+    assert message[1].changes == [
+        Kept("GPU", None, pack_hashes([1, 2, 3, 4])), Kept("GPU", 2, pack_hashes([5])),
+        Kept("CPU_PINNED", 5, pack_hashes([6])), Kept("GPU", 6, pack_hashes([7])),
+        Gone("GPU", pack_hashes([4, 3, 5])), Gone("CPU_PINNED", pack_hashes([6])), Emptied(None), Emptied(None),
+        Kept("GPU", None, pack_hashes([1])), Kept("GPU", None, pack_hashes([2])),
+    ]  # fmt: skip
+    assert said[0] == stored([1], None), "what is said is not changed"
+
+
 @pytest.mark.parametrize("first", [b"", b"kv", TOPIC, b"kv-events"])
 def test_a_workers_own_publisher_is_no_nodes_stream(first: bytes) -> None:
     with pytest.raises(PeerError):

@@ -1,6 +1,7 @@
 """A router's view of a node: exact when it says so, whatever is lost, doubled, late, or killed in between."""
 
 import os
+from array import array
 from collections.abc import Container, Iterator, Sequence
 from random import Random
 
@@ -296,6 +297,11 @@ class Both(SetIndex):
     def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> None:
         super().store(holder, parent, hashes)
         assert self.index.store(holder, parent, hashes), "nobody says anything wrong"
+
+    def store_all(self, holder: int, stretches: Sequence[tuple[int | None, "array[int]"]]) -> None:
+        for parent, hashes in stretches:
+            SetIndex.store(self, holder, parent, hashes)
+        assert self.index.store_all(holder, stretches), "nobody says anything wrong"
 
     def remove(self, holder: int, hashes: Sequence[int]) -> None:
         super().remove(holder, hashes)

@@ -21,7 +21,7 @@ A batch of kvd's tiers has no tokens, and so says `block_size` 0: who indexes to
 import sys
 from array import array
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -31,7 +31,8 @@ TOPIC: Final = b"kvd"
 RAM, NVME, SHARED = "CPU_TIER1", "DISK", "EXTERNAL"  # media of kvd's tiers; SGLang's are GPU and CPU_PINNED
 PART_BLOCKS: Final = 4096
 
-Run = tuple[int | None, bytes]
+Hash = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Run = tuple[Hash | None, bytes]
 
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True):
