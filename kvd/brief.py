@@ -5,22 +5,22 @@ itself, as SGLang's clients do, never looks at it, and who reads this never look
 
     "kvd" [head, [change, ...]]                          msgpack; the head is encoded by itself, as bytes: most batches
                                                          bear the same one, which is then decoded once
-    change   [0, medium, parent | nil, hashes]           stored, each the child of the one before, the first of parent
+    change   [0, medium, [[parent | nil, hashes], ...]]  stored: runs, as in snapshots (kvd.wire.stream)
              [1, medium, hashes]                         removed, in any order
              [2, medium | nil]                           nothing is held any more, of that medium or at all
 
-Hashes are packed as in snapshots (kvd.wire.stream). SGLang says one event for each block: those that go on where the
-one before ended are one change here.
+SGLang says one event for each block: those that go on where the one before ended are one run here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Final, NamedTuple
 
 import msgspec
 
 from kvd.errors import PeerError
-from kvd.sglang_events import GPU, MAX_BATCH_BYTES, AnyEvent, Cleared, Removed, encode, read_frames
-from kvd.wire.stream import TOPIC, Hash, Head, pack_hashes
+from kvd.sglang_events import GPU, MAX_BATCH_BYTES, AnyEvent, Cleared, Removed, Stored, encode, read_frames
+from kvd.wire.stream import TOPIC, Head, Run, pack_hashes
 
 _HEADS: Final = 1024  # that are remembered as bytes and decoded
 _HASH_BYTES: Final = 8
@@ -28,8 +28,7 @@ _HASH_BYTES: Final = 8
 
 class Kept(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
     medium: str
-    parent: Hash | None
-    hashes: bytes
+    runs: list[Run]
 
 
 class Gone(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
@@ -85,8 +84,8 @@ class Briefs:
         except (msgspec.DecodeError, RecursionError) as error:
             raise PeerError(f"not a brief of a batch: {error}") from error
         for change in packed.changes:
-            if not isinstance(change, Emptied) and len(change.hashes) % _HASH_BYTES:
-                raise PeerError(f"{len(change.hashes)} bytes of hashes")
+            if any([len(hashes) % _HASH_BYTES for hashes in _hashes(change)]):
+                raise PeerError("a hash of another length than 8 bytes")
         return message[0], Brief(head, packed.changes)
 
     def _remember(self, raw: bytes) -> Head:
@@ -96,36 +95,29 @@ class Briefs:
         return found
 
 
-class _Said(NamedTuple):
-    """Of one event, or of several that are one change."""
-
-    kind: type[Change]
-    medium: str | None
-    parent: int | None
-    hashes: list[int]
+def _hashes(change: Change) -> list[bytes]:
+    if isinstance(change, Kept):
+        return [hashes for _, hashes in change.runs]
+    return [change.hashes] if isinstance(change, Gone) else []
 
 
 def _changes(events: Iterable[AnyEvent]) -> Iterator[Change]:
-    said: list[_Said] = []
-    for event in events:
-        one = _said(event)
-        last = said[-1] if said else None
-        if last and last[:2] == one[:2] and (one.kind is Gone or (one.kind is Kept and last.hashes[-1] == one.parent)):
-            last.hashes.extend(one.hashes)
-        elif one.hashes or one.kind is Emptied:
-            said.append(one)
-    for one in said:
-        if one.kind is Emptied:
-            yield Emptied(one.medium)
-        elif one.kind is Gone:
-            yield Gone(one.medium or GPU, pack_hashes(one.hashes))
+    telling = (event for event in events if isinstance(event, Cleared) or event.block_hashes)
+    for (kind, medium), alike in groupby(telling, lambda event: (type(event), event.medium)):
+        if kind is Cleared:
+            yield Emptied(medium)
+        elif kind is Removed:
+            gone = [value for event in alike if isinstance(event, Removed) for value in event.block_hashes]
+            yield Gone(medium or GPU, pack_hashes(gone))
         else:
-            yield Kept(one.medium or GPU, one.parent, pack_hashes(one.hashes))
+            yield Kept(medium or GPU, _runs(event for event in alike if isinstance(event, Stored)))
 
 
-def _said(event: AnyEvent) -> _Said:
-    if isinstance(event, Cleared):
-        return _Said(Emptied, event.medium, None, [])
-    if isinstance(event, Removed):
-        return _Said(Gone, event.medium or GPU, None, list(event.block_hashes))
-    return _Said(Kept, event.medium or GPU, event.parent_block_hash, list(event.block_hashes))
+def _runs(events: Iterable[Stored]) -> list[Run]:
+    runs: list[tuple[int | None, list[int]]] = []
+    for event in events:
+        if runs and runs[-1][1][-1] == event.parent_block_hash:
+            runs[-1][1].extend(event.block_hashes)
+        else:
+            runs.append((event.parent_block_hash, list(event.block_hashes)))
+    return [(parent, pack_hashes(hashes)) for parent, hashes in runs]

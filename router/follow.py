@@ -11,7 +11,7 @@ import zmq
 from kvd import wire
 from kvd.brief import Briefs
 from kvd.errors import PeerError
-from kvd.pump import Pump
+from kvd.pump import Pump, receive_but_last
 from kvd.router.view import Ask, View
 from kvd.sglang_events import MAX_BATCH_BYTES, seq_frame
 
@@ -40,7 +40,7 @@ class Follow:
         subscriber.setsockopt(zmq.SUBSCRIBE, wire.TOPIC)
         self._breaks = Pump(subscriber.get_monitor_socket(zmq.EVENT_DISCONNECTED), lambda _: self.view.doubt())
         subscriber.connect(endpoint)
-        self._live = Pump(subscriber, self._published)
+        self._live = Pump(subscriber, self._published, receive_but_last)
 
     def tick(self, now: float) -> None:
         """Ask for what the view misses."""

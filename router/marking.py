@@ -26,7 +26,8 @@ def give(runs: Runs, bit: int, parent: int | None, blocks: "array[int]") -> tupl
             placeholder, end = runs.start(UNKNOWN, 0, array("q", (parent,)))
             run = placeholder
         else:
-            run, end = known, runs.offset(known, parent, len(runs.blocks[known])) + 1
+            tail = runs.blocks[known]
+            run, end = known, len(tail) if tail[-1] == parent else runs.offset(known, parent, len(tail)) + 1
     at, total, gained = 0, len(blocks), 0
     while at < total:
         known = runs.get(blocks[at])

@@ -32,7 +32,6 @@ Identity = tuple[str, int, str]
 class Index(Protocol):
     """What the router looks prefixes up in. A holder is a number of kvd.router.numbering."""
 
-    def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> object: ...
     def store_all(self, holder: int, stretches: Sequence[tuple[int | None, "array[int]"]]) -> object: ...
     def remove(self, holder: int, hashes: Sequence[int]) -> object: ...
     def clear(self, holder: int) -> object: ...
@@ -195,7 +194,7 @@ class View:
         if number is None:
             return
         try:
-            runs = [(parent, wire.unpack_hashes(hashes)) for parent, hashes in part.runs]
+            runs = wire.unpack_runs(part.runs)
         except ValueError as error:
             raise PeerError(f"a run of hashes: {error}") from error
         self._index.store_all(number, runs)
@@ -204,22 +203,20 @@ class View:
         head = batch.head
         if head is not self._head:
             self._identity, self._head = self._meet(head.source, head.why), head
-        identity = self._identity
-        held = self._numbers.get(identity, _NOTHING)
         for change in batch.changes:
-            number = held.get(change.medium) if change.medium is not None else None
-            if type(change) is Kept:
-                if number is None:
-                    number = self._number(identity, change.medium)
-                    held = self._numbers.get(identity, _NOTHING)
+            if isinstance(change, Kept):
+                number = self._number(self._identity, change.medium)
                 if number is not None:
-                    self._index.store(number, change.parent, wire.unpack_hashes(change.hashes))
-            elif type(change) is Gone:
-                if number is not None:
-                    self._index.remove(number, wire.unpack_hashes(change.hashes))
+                    self._index.store_all(number, wire.unpack_runs(change.runs))
+                continue
+            held = self._numbers.get(self._identity, _NOTHING)
+            if isinstance(change, Gone):
+                if change.medium in held:
+                    self._index.remove(held[change.medium], wire.unpack_hashes(change.hashes))
             else:
-                for one in held.values() if change.medium is None else () if number is None else (number,):
-                    self._index.clear(one)
+                for medium in held if change.medium is None else [change.medium]:
+                    if medium in held:
+                        self._index.clear(held[medium])
 
     def _meet(self, source: wire.Source, why: str) -> Identity:
         identity = (source.worker, source.rank, source.namespace)

@@ -14,7 +14,7 @@ from tests.publisher_model import removed, stored
 HEAD = Head("n", 5, Source("http://w", 1))
 FIRST = first_frame(HEAD, [stored([1, -2], 7), removed([3], "DISK"), Cleared(), Cleared(medium="GPU")])
 BRIEF = Brief(
-    HEAD, [Kept("GPU", 7, pack_hashes([1, -2])), Gone("DISK", pack_hashes([3])), Emptied(None), Emptied("GPU")]
+    HEAD, [Kept("GPU", [(7, pack_hashes([1, -2]))]), Gone("DISK", pack_hashes([3])), Emptied(None), Emptied("GPU")]
 )
 pack = msgspec.msgpack.encode
 
@@ -26,7 +26,7 @@ def frames(first: bytes, seq: int = 7) -> list[bytes]:
 def test_its_bytes_are_these() -> None:
     head = pack({"node": "n", "epoch": 5, "source": {"worker": "http://w", "rank": 1}})
     hashes = (1).to_bytes(8, "little") + (-2).to_bytes(8, "little", signed=True)
-    changes = [[0, "GPU", 7, hashes], [1, "DISK", (3).to_bytes(8, "little")], [2, None], [2, "GPU"]]
+    changes = [[0, "GPU", [[7, hashes]]], [1, "DISK", (3).to_bytes(8, "little")], [2, None], [2, "GPU"]]
     assert TOPIC + pack([head, changes]) == FIRST
 
 
@@ -51,22 +51,22 @@ def test_batches_that_say_the_same_of_their_source_share_one_head() -> None:
 
 def test_no_medium_is_the_gpu_and_nothing_removed_is_no_change() -> None:
     message = Briefs().read(frames(first_frame(HEAD, [Removed(block_hashes=[]), stored([1], None, None)])))
-    assert message == (7, Brief(HEAD, [Kept("GPU", None, pack_hashes([1]))]))
+    assert message == (7, Brief(HEAD, [Kept("GPU", [(None, pack_hashes([1]))])]))
 
 
-def test_events_that_go_on_where_the_one_before_ended_are_one_change() -> None:
+def test_events_that_go_on_where_the_one_before_ended_are_one_run() -> None:
     said = [
         stored([1], None), stored([2], 1), stored([3, 4], 2), stored([5], 2), stored([6], 5, "CPU_PINNED"),
-        stored([7], 6), removed([4]), removed([3, 5]), removed([6], "CPU_PINNED"), Cleared(), Cleared(),
+        stored([7], 6), removed([4]), removed([3, 5]), removed([6], "CPU_PINNED"), Cleared(), Cleared(medium="GPU"),
         stored([1], None), stored([2]),
     ]  # fmt: skip
     message = Briefs().read(frames(first_frame(HEAD, said)))
     assert message is not None
+    one, two, five, six, seven = (pack_hashes([n]) for n in (1, 2, 5, 6, 7))
     assert message[1].changes == [
-        Kept("GPU", None, pack_hashes([1, 2, 3, 4])), Kept("GPU", 2, pack_hashes([5])),
-        Kept("CPU_PINNED", 5, pack_hashes([6])), Kept("GPU", 6, pack_hashes([7])),
-        Gone("GPU", pack_hashes([4, 3, 5])), Gone("CPU_PINNED", pack_hashes([6])), Emptied(None), Emptied(None),
-        Kept("GPU", None, pack_hashes([1])), Kept("GPU", None, pack_hashes([2])),
+        Kept("GPU", [(None, pack_hashes([1, 2, 3, 4])), (2, five)]), Kept("CPU_PINNED", [(5, six)]),
+        Kept("GPU", [(6, seven)]), Gone("GPU", pack_hashes([4, 3, 5])), Gone("CPU_PINNED", six), Emptied(None),
+        Emptied("GPU"), Kept("GPU", [(None, one), (None, two)]),
     ]  # fmt: skip
     assert said[0] == stored([1], None), "what is said is not changed"
 
@@ -79,8 +79,8 @@ def test_a_workers_own_publisher_is_no_nodes_stream(first: bytes) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [[3, "GPU"], [0, "GPU", None], [0, "GPU", None, b"x" * 9], [1, "GPU", b"x"], [0, "GPU", 1 << 63, b"x" * 8],
-     [0, None, None, b""], [2], {"a": 1}],
+    [[3, "GPU"], [0, "GPU", None], [0, "GPU", [[None, b"x" * 9]]], [1, "GPU", b"x"], [0, "GPU", [[1 << 63, b"x" * 8]]],
+     [0, None, []], [2], {"a": 1}],
 )  # fmt: skip
 def test_a_change_that_cannot_be_read_is_not_skipped(change: object) -> None:
     with pytest.raises(PeerError):

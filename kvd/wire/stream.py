@@ -20,7 +20,7 @@ A batch of kvd's tiers has no tokens, and so says `block_size` 0: who indexes to
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -95,3 +95,8 @@ def unpack_hashes(raw: bytes) -> "array[int]":
     if sys.byteorder == "big":
         packed.byteswap()
     return packed
+
+
+def unpack_runs(runs: Iterable[Run]) -> "list[tuple[int | None, array[int]]]":
+    """Each with its parent. Raises as `unpack_hashes`."""
+    return [(parent, unpack_hashes(hashes)) for parent, hashes in runs]
