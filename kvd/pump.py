@@ -26,12 +26,27 @@ def receive(socket: "zmq.Socket[bytes]") -> list[bytes]:
     return frames
 
 
+def receive_but_last(socket: "zmq.Socket[bytes]") -> list[bytes]:
+    """The same with the last frame empty: its bytes are not copied, for who does not look at them."""
+    frames = []
+    frame = socket.recv(zmq.NOBLOCK, copy=False)
+    while frame.more:
+        frames.append(frame.bytes)
+        frame = socket.recv(zmq.NOBLOCK, copy=False)
+    frames.append(b"")
+    return frames
+
+
 class Pump:
     """Owns the socket. `handle(frames)` may close the pump. `close` may be called twice."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", handle: Callable[[list[bytes]], Any]) -> None:
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", handle: Callable[[list[bytes]], Any],
+        receive: "Callable[[zmq.Socket[bytes]], list[bytes]]" = receive,
+    ) -> None:  # fmt: skip
         self.socket = socket
         self._handle = handle
+        self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
@@ -47,7 +62,7 @@ class Pump:
             if self.socket.closed:
                 return
             try:
-                frames = receive(self.socket)
+                frames = self._receive(self.socket)
             except zmq.Again:
                 return
             self._handle(frames)

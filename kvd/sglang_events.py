@@ -14,9 +14,8 @@ Tokens are neither looked at nor copied: they pass through as the bytes they cam
 cannot be read, an event of an unknown type included, is a PeerError: whoever skips it no longer knows what is held.
 """
 
-from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 
 import msgspec
 
@@ -29,7 +28,6 @@ NO_TOKENS: Final = msgspec.Raw(b"\x90")
 MAX_BATCH_BYTES: Final = 64 << 20
 _SEQ_BYTES: Final = 8
 _ARRAY: Final = (0x90, 0x9F)  # first bytes of a msgpack array of up to 15
-T = TypeVar("T")
 _MIN, _MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -75,22 +73,6 @@ class Batch(msgspec.Struct, array_like=True, gc=False):
     rank: int | None = None
 
 
-class Kept(Event, tag="BlockStored", gc=False):
-    """What an index wants of a `Stored`: tokens are skipped, not pointed at, and the message can be forgotten."""
-
-    block_hashes: Sequence[int]
-    parent_block_hash: int | None
-    medium: str | None = None
-
-
-class Changes(msgspec.Struct, array_like=True, gc=False):
-    """A `Batch` without tokens."""
-
-    time_s: float
-    events: list[Kept | Removed | Cleared]
-    rank: int | None = None
-
-
 class _RawBatch(msgspec.Struct, array_like=True, gc=False):
     time_s: float
     events: list[msgspec.Raw]
@@ -120,7 +102,6 @@ class _OldCleared(msgspec.Struct, array_like=True, tag="AllBlocksCleared"):
 
 
 _batch = msgspec.msgpack.Decoder(Batch).decode
-_changes = msgspec.msgpack.Decoder(Changes).decode
 _raw_batch = msgspec.msgpack.Decoder(_RawBatch).decode
 _event = msgspec.msgpack.Decoder(AnyEvent).decode
 _old_event = msgspec.msgpack.Decoder(_OldStored | _OldStoredMore | _OldRemoved | _OldCleared).decode
@@ -145,56 +126,20 @@ def seq_frame(seq: int) -> bytes:
 
 def decode(payload: bytes) -> Batch:
     """A batch of any release, hashes as signed 64-bit numbers. Its tokens point into `payload`. Raises PeerError."""
-    batch = _read(_decode, payload)
+    if len(payload) > MAX_BATCH_BYTES:
+        raise PeerError(f"a batch of {len(payload)} bytes")
+    try:
+        batch = _decode(payload)
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+        raise PeerError(
+            f"not a batch of KV events: {error}", "is another program's publisher at this address?"
+        ) from error
     for event in batch.events:
         if not isinstance(event, Cleared):
             event.block_hashes = _signed(event.block_hashes)
         if isinstance(event, Stored) and event.parent_block_hash is not None:
             (event.parent_block_hash,) = _signed([event.parent_block_hash])
     return batch
-
-
-def decode_changes(payload: bytes) -> Changes:
-    """The same without tokens, in less time. Raises PeerError."""
-    changes = _read(_decode_changes, payload)
-    for event in changes.events:
-        if isinstance(event, Kept):
-            try:
-                event.block_hashes = array("q", event.block_hashes)
-            except OverflowError:
-                event.block_hashes = _signed(list(event.block_hashes))
-            if event.parent_block_hash is not None:
-                (event.parent_block_hash,) = _signed([event.parent_block_hash])
-        elif isinstance(event, Removed):
-            event.block_hashes = _signed(event.block_hashes)
-    return changes
-
-
-def _read(read: Callable[[bytes], T], payload: bytes) -> T:
-    if len(payload) > MAX_BATCH_BYTES:
-        raise PeerError(f"a batch of {len(payload)} bytes")
-    try:
-        return read(payload)
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
-        raise PeerError(
-            f"not a batch of KV events: {error}", "is another program's publisher at this address?"
-        ) from error
-
-
-def _decode_changes(payload: bytes) -> Changes:
-    try:
-        return _changes(payload)
-    except msgspec.ValidationError:
-        batch = _decode(payload)
-        return Changes(batch.time_s, [_kept(event) for event in batch.events], batch.rank)
-
-
-def _kept(event: AnyEvent) -> Kept | Removed | Cleared:
-    if not isinstance(event, Stored):
-        return event
-    return Kept(
-        kvd=event.kvd, block_hashes=event.block_hashes, parent_block_hash=event.parent_block_hash, medium=event.medium
-    )
 
 
 def _decode(payload: bytes) -> Batch:

@@ -9,10 +9,11 @@ import logging
 import zmq
 
 from kvd import wire
+from kvd.brief import Briefs
 from kvd.errors import PeerError
-from kvd.pump import Pump
+from kvd.pump import Pump, receive_but_last
 from kvd.router.view import Ask, View
-from kvd.sglang_events import MAX_BATCH_BYTES, decode_changes, read_frames, seq_frame
+from kvd.sglang_events import MAX_BATCH_BYTES, seq_frame
 
 log = logging.getLogger("kvd.router")
 
@@ -32,13 +33,14 @@ class Follow:
         self._replay_endpoint = replay_endpoint
         self._endpoint = endpoint
         self._answers: Pump | None = None
+        self._briefs = Briefs()
         self._now = -1e9
         subscriber = self._socket(zmq.SUB)
         subscriber.setsockopt(zmq.RCVHWM, _QUEUE)
         subscriber.setsockopt(zmq.SUBSCRIBE, wire.TOPIC)
         self._breaks = Pump(subscriber.get_monitor_socket(zmq.EVENT_DISCONNECTED), lambda _: self.view.doubt())
         subscriber.connect(endpoint)
-        self._live = Pump(subscriber, self._published)
+        self._live = Pump(subscriber, self._published, receive_but_last)
 
     def tick(self, now: float) -> None:
         """Ask for what the view misses."""
@@ -63,9 +65,9 @@ class Follow:
 
     def _published(self, frames: list[bytes]) -> None:
         try:
-            message = read_frames(frames)
+            message = self._briefs.read(frames)
             if message is not None:
-                self.view.batch(message[0], decode_changes(message[1]), self._now)
+                self.view.batch(*message, self._now)
         except PeerError as error:
             self._blame(error)
 
@@ -73,8 +75,8 @@ class Follow:
         try:
             if len(frames) == _PART_FRAMES:
                 self.view.part(wire.decode_from_stream(frames[1]), self._now)
-            elif (message := read_frames(frames)) is not None:
-                self.view.batch(message[0], decode_changes(message[1]), self._now)
+            elif (message := self._briefs.read(frames)) is not None:
+                self.view.batch(*message, self._now)
             else:
                 self._end_answers()
                 self.view.replay_ended(self._now)

@@ -23,11 +23,11 @@ def give(runs: Runs, bit: int, parent: int | None, blocks: "array[int]") -> tupl
     if parent is not None:
         known = runs.get(parent)
         if known is None:
-            run, end = runs.new(UNKNOWN, 0), 1
-            runs.add(run, array("q", (parent,)))
-            placeholder = run
+            placeholder, end = runs.start(UNKNOWN, 0, array("q", (parent,)))
+            run = placeholder
         else:
-            run, end = known, runs.offset(known, parent, len(runs.blocks[known])) + 1
+            tail = runs.blocks[known]
+            run, end = known, len(tail) if tail[-1] == parent else runs.offset(known, parent, len(tail)) + 1
     at, total, gained = 0, len(blocks), 0
     while at < total:
         known = runs.get(blocks[at])
@@ -72,7 +72,7 @@ def _append(runs: Runs, run: int, end: int, bit: int, blocks: "array[int]") -> t
     if run >= 0 and end < len(runs.blocks[run]):
         run, _ = runs.split(run, end)
     if run < 0 or runs.kids[run] or runs.masks[run] != bit:
-        run = runs.new(run, bit)
+        return runs.start(run, bit, blocks)
     return run, runs.add(run, blocks)
 
 

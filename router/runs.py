@@ -14,12 +14,14 @@ Always true: a block is in one run; a run that is in use has blocks; a run whose
 nobody holds, known by name because a child of it came first.
 """
 
+import sys
 from array import array
 from collections.abc import Sequence
 
 ROOT, UNKNOWN, FREE = -1, -2, -3  # parents that are no runs: nothing comes before; not yet known; not in use
 LOW = (1 << 60) - 1  # 60 bits take 32 bytes instead of 48. Shifted down they do not: room is made before the shift
 _SHARDS = 256  # found by the upper 8 bits, of which a negative number's count from the end
+_TOPS = slice(7 if sys.byteorder == "little" else 0, None, 8)  # of an array's bytes: each block's upper 8 bits
 _EMPTY = array("q")
 
 
@@ -73,20 +75,19 @@ class Runs:
             run = parent
         return run
 
-    def new(self, parent: int, mask: int) -> int:
-        """A run without blocks below `parent`: the caller adds some at once."""
-        if self._free and self.reuse:
-            run = self._free.pop()
-            self.masks[run] = mask
-        else:
-            run = len(self.blocks)
-            self.blocks.append(_EMPTY)
-            self.masks.append(mask)
-            self.kids.append(0)
-            self.parents.append(FREE)
-            self.last.append(FREE)
-        self.attach(run, parent)
-        return run
+    def start(self, parent: int, mask: int, blocks: "array[int]") -> tuple[int, int]:
+        """A run below `parent` with these blocks, up to the first that is known already, which is not the very first.
+        Returns it, and how many they are. It keeps the array."""
+        run = self._new(parent, mask)
+        if len(blocks) == 1:
+            (block,) = blocks
+            self.shards[block >> 56][block & LOW] = run
+            self.blocks[run] = blocks
+            self.count += 1
+            return run, 1
+        added = self._enter(run, blocks)
+        self.blocks[run] = blocks if added == len(blocks) else blocks[:added]
+        return run, added
 
     def attach(self, run: int, parent: int) -> None:
         """Put a run that has no parent yet, or an UNKNOWN one, below another's last block."""
@@ -96,25 +97,9 @@ class Runs:
             self.last[parent] = run
 
     def add(self, run: int, blocks: "array[int]") -> int:
-        """Append blocks to a run without children, up to the first that is known already. Returns how many.
-
-        A new run keeps the array that it is given.
-        """
-        shards = self.shards
-        added = 0
-        for block in blocks:
-            shard = shards[block >> 56]
-            key = block & LOW
-            if key in shard:
-                break
-            shard[key] = run
-            added += 1
-        new = blocks if added == len(blocks) else blocks[:added]
-        if self.blocks[run]:
-            self.blocks[run].extend(new)
-        else:
-            self.blocks[run] = new
-        self.count += added
+        """Append blocks to a run without children, up to the first that is known already. Returns how many."""
+        added = self._enter(run, blocks)
+        self.blocks[run].extend(blocks if added == len(blocks) else blocks[:added])
         return added
 
     def cut(self, run: int, count: int) -> None:
@@ -140,7 +125,7 @@ class Runs:
         child = self.only_child(run)
         blocks = self.blocks[run]
         if (child is not None or not self.kids[run]) and len(blocks) - at <= at:
-            tail = self.new(FREE, self.masks[run])
+            tail = self._new(FREE, self.masks[run])
             self._renumber(blocks[at:], tail)
             self.blocks[tail] = blocks[at:]
             del blocks[at:]
@@ -151,7 +136,7 @@ class Runs:
                 self.last[tail] = child
                 self.parents[child] = tail
             return run, tail
-        head = self.new(FREE, self.masks[run])
+        head = self._new(FREE, self.masks[run])
         self._renumber(blocks[:at], head)
         self.blocks[head] = blocks[:at]
         self.blocks[run] = blocks[at:]
@@ -214,6 +199,37 @@ class Runs:
         if not seen == self.count == sum(map(len, self.shards)):
             wrong.append(f"{seen} blocks in runs, {self.count} counted, {sum(map(len, self.shards))} in the table")
         return wrong + [f"run {run} has {n} children" for run, n in enumerate(kids) if n != self.kids[run]]
+
+    def _new(self, parent: int, mask: int) -> int:
+        """A run without blocks below `parent`, or FREE: the caller adds some, and a parent, at once."""
+        if self._free and self.reuse:
+            run = self._free.pop()
+            self.masks[run] = mask
+            self.parents[run] = parent
+        else:
+            run = len(self.blocks)
+            self.blocks.append(_EMPTY)
+            self.masks.append(mask)
+            self.kids.append(0)
+            self.parents.append(parent)
+            self.last.append(FREE)
+        if parent >= 0:
+            self.attach(run, parent)
+        return run
+
+    def _enter(self, run: int, blocks: "array[int]") -> int:
+        """Into the table, up to the first that is known already. Returns how many."""
+        shards = self.shards
+        added = 0
+        for top, block in zip(blocks.tobytes()[_TOPS], blocks, strict=True):
+            shard = shards[top]
+            key = block & LOW
+            if key in shard:
+                break
+            shard[key] = run
+            added += 1
+        self.count += added
+        return added
 
     def _take_place(self, run: int, of: int) -> None:
         """Below its parent; `of` is another's child from now on, or none's."""

@@ -9,20 +9,22 @@ node itself does not know exactly of a source is in `sources`. What waits here i
 takes is the index's own business.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from kvd import wire
+from kvd.brief import Brief, Gone, Kept
 from kvd.errors import PeerError
 from kvd.router.numbering import Numbering, Place
-from kvd.sglang_events import GPU, Changes, Cleared, Removed
 
 SILENT_S = 5.0  # the node says something every second
 ASK_AGAIN_S = 3.0
 MOST_SOURCES = 4096
 _MOST_EARLY = 4096  # batches that wait for what comes before them
 _MOST_PARTS = 1024  # parts of a snapshot that do
+_NOTHING: Mapping[str, int] = {}
 
 Identity = tuple[str, int, str]
 
@@ -30,7 +32,7 @@ Identity = tuple[str, int, str]
 class Index(Protocol):
     """What the router looks prefixes up in. A holder is a number of kvd.router.numbering."""
 
-    def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> object: ...
+    def store_all(self, holder: int, stretches: Sequence[tuple[int | None, "array[int]"]]) -> object: ...
     def remove(self, holder: int, hashes: Sequence[int]) -> object: ...
     def clear(self, holder: int) -> object: ...
 
@@ -67,7 +69,9 @@ class View:
         self._index = index
         self._holders = holders
         self._numbers: dict[Identity, dict[str, int]] = {}  # of the holders, by medium
-        self._early: dict[int, Changes] = {}
+        self._head: wire.Head | None = None  # of the last batch, while what it says of its source is known
+        self._identity: Identity = ("", 0, "")
+        self._early: dict[int, Brief] = {}
         self._parts: list[wire.SnapshotPart] = []
         self._state = _Snapshot.NEEDED
         self._asked_at = self._heard_at = -1e9
@@ -104,18 +108,19 @@ class View:
         """The connection broke: not exact until the node is heard again."""
         self._heard_at = -1e9
 
-    def batch(self, seq: int, batch: Changes, now: float) -> None:
-        """A batch, published or repeated. Raises PeerError where it is not of a node's stream."""
-        head = batch.events[0].kvd if batch.events else None
-        if head is None:
-            raise PeerError("a batch without kvd's head", "is this endpoint a worker's own publisher?")
+    def batch(self, seq: int, batch: Brief, now: float) -> None:
+        """A batch, published or repeated. Raises PeerError where a part of a snapshot waited for it and is wrong."""
         self._heard_at = now
-        if self.epoch is None:
-            self.epoch = head.epoch
-        elif head.epoch != self.epoch:
-            self.epoch = head.epoch
-            self._early.clear()
-            self._start_over()
+        epoch = batch.head.epoch
+        if epoch != self.epoch:
+            if self.epoch is not None:
+                self._early.clear()
+                self._start_over()
+            self.epoch = epoch
+        elif seq == self.seq + 1 and self._state is _Snapshot.DONE and not self._early and not self._parts:
+            self.seq = seq
+            self._apply(batch)
+            return
         if seq > self.seq and len(self._early) < _MOST_EARLY:
             self._early[seq] = batch
         self._go_on()
@@ -183,32 +188,35 @@ class View:
         if part.source is None:
             self._state, self._request = _Snapshot.DONE, 0
             return
+        self._head = None
         identity = self._meet(part.source, part.why)
         number = self._number(identity, part.medium) if part.runs else None
         if number is None:
             return
         try:
-            for parent, hashes in part.runs:
-                self._index.store(number, parent, wire.unpack_hashes(hashes))
+            runs = wire.unpack_runs(part.runs)
         except ValueError as error:
             raise PeerError(f"a run of hashes: {error}") from error
+        self._index.store_all(number, runs)
 
-    def _apply(self, batch: Changes) -> None:
-        head = batch.events[0].kvd
-        assert head is not None, "looked at when it came"
-        identity = self._meet(head.source, head.why)
-        for event in batch.events:
-            if isinstance(event, Cleared):
-                held = self._numbers.get(identity, {})
-                for medium in list(held) if event.medium is None else [event.medium]:
+    def _apply(self, batch: Brief) -> None:
+        head = batch.head
+        if head is not self._head:
+            self._identity, self._head = self._meet(head.source, head.why), head
+        for change in batch.changes:
+            if isinstance(change, Kept):
+                number = self._number(self._identity, change.medium)
+                if number is not None:
+                    self._index.store_all(number, wire.unpack_runs(change.runs))
+                continue
+            held = self._numbers.get(self._identity, _NOTHING)
+            if isinstance(change, Gone):
+                if change.medium in held:
+                    self._index.remove(held[change.medium], wire.unpack_hashes(change.hashes))
+            else:
+                for medium in held if change.medium is None else [change.medium]:
                     if medium in held:
                         self._index.clear(held[medium])
-            elif isinstance(event, Removed):
-                number = self._numbers.get(identity, {}).get(event.medium or GPU)
-                if number is not None and event.block_hashes:
-                    self._index.remove(number, event.block_hashes)
-            elif (number := self._number(identity, event.medium or GPU)) is not None:
-                self._index.store(number, event.parent_block_hash, event.block_hashes)
 
     def _meet(self, source: wire.Source, why: str) -> Identity:
         identity = (source.worker, source.rank, source.namespace)
@@ -237,3 +245,4 @@ class View:
                 self._holders.forget(Place(self.node, *identity, medium))
         self._numbers.clear()
         self.sources.clear()
+        self._head = None

@@ -15,6 +15,10 @@ class SetIndex:
             blocks[value] = parent
             parent = value
 
+    def store_all(self, holder: int, stretches: Sequence[tuple[int | None, Sequence[int]]]) -> None:
+        for parent, hashes in stretches:
+            self.store(holder, parent, hashes)
+
     def remove(self, holder: int, hashes: Sequence[int]) -> None:
         for value in hashes:
             self.held.get(holder, {}).pop(value, None)

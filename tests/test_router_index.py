@@ -1,8 +1,9 @@
 """The router's index: what it says of holders is what they said, whatever order that came in; and it is bounded."""
 
 import tracemalloc
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import psutil
@@ -148,6 +149,22 @@ def test_a_holder_that_says_it_has_more_than_it_can_is_not_believed() -> None:
     swept(index)
 
 
+def test_many_stretches_at_once_are_as_one_after_the_other() -> None:
+    index = Index(100)
+    index.limit(1, 40)
+    assert index.store_all(1, [(None, array("q", CHAIN[:10])), (None, array("q")), (CHAIN[4], array("q", OTHER[:5])),
+                               (None, array("q", CHAIN[:20]))])  # fmt: skip
+    assert (index.match(CHAIN), index.held(1)) == ({1: 20}, 25)
+    assert index.store_all(1, [(OTHER[4], array("q", OTHER[5:20])), (None, array("q", CHAIN[:20]))]), "they just fit"
+    assert not index.store_all(1, [(OTHER[19], array("q", OTHER[20:21])), (None, array("q", CHAIN[:5]))])
+    assert (index.held(1), index.exact(1)) == (40, False)
+    assert not index.store_all(2, [(CHAIN[3], array("q", CHAIN[2:3])), (None, array("q", CHAIN[:5]))]), "contradicts"
+    assert index.match(CHAIN) == {1: 20}
+    assert not index.store_all(3, [(None, array("q", [n])) for n in range(100)]), "more than there is room for"
+    assert index.store_all(4, [])
+    swept(index)
+
+
 def test_one_block_under_two_parents_is_a_contradiction() -> None:
     index = Index(10_000)
     assert index.store(1, None, CHAIN[:10])
@@ -282,8 +299,14 @@ class Machine(RuleBasedStateMachine):
         self._store(holder, *self._stretch(tip, skip))
 
     @rule(holder=HOLDERS, tip=st.sampled_from(TIPS))
-    def store_all(self, holder: int, tip: int) -> None:
+    def store_whole(self, holder: int, tip: int) -> None:
         self._store(holder, None, path(tip))
+
+    @rule(holder=HOLDERS, said=st.lists(st.tuples(BLOCKS, st.integers(0, 12)), max_size=4))
+    def store_all(self, holder: int, said: list[tuple[int, int]]) -> None:
+        stretches = [self._stretch(tip, skip) for tip, skip in said]
+        exact = self.index.store_all(holder, [(parent, array("q", blocks)) for parent, blocks in stretches])
+        self._stored(holder, exact, (block for _, blocks in stretches for block in blocks))
 
     @rule(holder=HOLDERS, tip=BLOCKS, skip=st.integers(0, 12), backwards=st.booleans())
     def remove(self, holder: int, tip: int, skip: int, backwards: bool) -> None:
@@ -341,8 +364,11 @@ class Machine(RuleBasedStateMachine):
         return blocks[first - 1] if first else None, blocks[first:]
 
     def _store(self, holder: int, parent: int | None, blocks: list[int]) -> None:
-        self.exact[holder] = self.index.store(holder, parent, blocks)
-        self.truth[holder] |= set(blocks)  # refused or not: it is what the holder has
+        self._stored(holder, self.index.store(holder, parent, blocks), blocks)
+
+    def _stored(self, holder: int, exact: bool, blocks: Iterable[int]) -> None:
+        self.exact[holder] = exact
+        self.truth[holder].update(blocks)  # refused or not: it is what the holder has
         if not self.liars and self.max_blocks == 1000:
             assert self.exact[holder]
 

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 from kvd import wire
+from kvd.brief import Briefs
 from kvd.daemon.stream import Stream
 from kvd.router.index import Index
 from kvd.router.matching import Member, Members, matched
 from kvd.router.numbering import Numbering, Place
 from kvd.router.policies.choice import Matched
 from kvd.router.view import View
-from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored, decode_changes, read_frames
+from kvd.sglang_events import GPU, AnyEvent, Cleared, Removed, Stored
 from tests.publisher_model import stored
 
 A, B, OTHER = "http://a:1", "http://b:1", "ff" * 16
@@ -28,7 +29,7 @@ class World:
     def __init__(self, max_blocks: int = 1000) -> None:
         self.index, self.numbers = Index(max_blocks), Numbering()
         self.view = View(self.index, self.numbers)
-        self._stream = Stream("n", 7, 100)
+        self._stream, self._briefs = Stream("n", 7, 100), Briefs()
         ask = self.view.ask(0.0)
         assert ask is not None
         assert ask.start is None
@@ -37,9 +38,9 @@ class World:
     def say(self, source: wire.Source, *events: AnyEvent, why: str = "") -> None:
         self._stream.say(source, events, why)
         for frames in self._stream.flush(1.0):
-            message = read_frames(frames)
+            message = self._briefs.read(frames)
             assert message is not None
-            self.view.batch(message[0], decode_changes(message[1]), 1.0)
+            self.view.batch(*message, 1.0)
 
     def matched(self, tokens: int = 165) -> Mapping[str, Matched]:
         assert self.view.why(1.0) == ""

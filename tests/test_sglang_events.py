@@ -19,7 +19,6 @@ from kvd.sglang_events import (
     Removed,
     Stored,
     decode,
-    decode_changes,
     encode,
     read_frames,
     seq_frame,
@@ -104,21 +103,6 @@ def test_what_a_real_sglang_sent_is_read_and_written_back_byte_for_byte() -> Non
 def test_older_and_newer_shapes_mean_the_same(old: object, new: object) -> None:
     assert decode(pack([1.5, [old, ["AllBlocksCleared"]]])).events == [new, Cleared()]
     assert decode(pack([1.5, [old, {"type": "AllBlocksCleared"}], 3])).rank == 3
-    kept, _ = decode_changes(pack([1.5, [old, {"type": "AllBlocksCleared"}]])).events
-    assert plain(kept) == plain(new)
-
-
-def plain(event: object) -> object:
-    """What an index wants of it."""
-    names = ("kvd", "medium", "parent_block_hash")
-    return [getattr(event, name, None) for name in names], list(getattr(event, "block_hashes", ()))
-
-
-def test_without_tokens_the_same_is_held() -> None:
-    unsigned = {"type": "BlockStored", "block_hashes": [2**64 - 1, 5], "parent_block_hash": 2**63, "token_ids": [1],
-                "block_size": 4, "lora_id": None}  # fmt: skip
-    for payload in (GOLDEN, pack([1.5, [unsigned]])):
-        assert list(map(plain, decode_changes(payload).events)) == list(map(plain, decode(payload).events))
 
 
 def test_frames_with_and_without_topic_live_and_replayed() -> None:
@@ -148,13 +132,11 @@ def test_a_nodes_stream_is_sglangs_with_one_more_key() -> None:
 
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda cut: GOLDEN[: len(cut)] + cut)))
 def test_noise_is_a_peer_error_and_nothing_else(noise: bytes) -> None:
-    for read in (decode, decode_changes):
-        with pytest.raises(PeerError):
-            read(noise)
+    with pytest.raises(PeerError):
+        decode(noise)
 
 
 @pytest.mark.parametrize("event", [["X"], {"type": "Y"}, {"type": "BlockStored"}, 3, [], ["BlockRemoved", ["a"]]])
 def test_an_event_that_cannot_be_read_is_not_skipped(event: object) -> None:
-    for read in (decode, decode_changes):
-        with pytest.raises(PeerError):
-            read(pack([1.5, [{"type": "AllBlocksCleared"}, event]]))
+    with pytest.raises(PeerError):
+        decode(pack([1.5, [{"type": "AllBlocksCleared"}, event]]))

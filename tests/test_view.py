@@ -1,25 +1,27 @@
 """A router's view of a node: exact when it says so, whatever is lost, doubled, late, or killed in between."""
 
 import os
+from array import array
 from collections.abc import Container, Iterator, Sequence
 from random import Random
 
 import pytest
 
 from kvd import wire
+from kvd.brief import Brief, Briefs
 from kvd.daemon.mirror import Mirror
 from kvd.daemon.stream import Stream, snapshot
-from kvd.errors import PeerError
 from kvd.router.index import Index
 from kvd.router.numbering import Numbering, Place
 from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, View
-from kvd.sglang_events import CPU_PINNED, GPU, AnyEvent, Changes, Cleared, Removed, decode_changes, read_frames
+from kvd.sglang_events import CPU_PINNED, GPU, AnyEvent, Cleared
 from tests.index_model import SetIndex
 from tests.publisher_model import ModelPublisher, removed, stored
 
 SEQUENCES = int(os.environ.get("KVD_EVENT_SEQUENCES", "300"))  # of the long test; each has a number
 FIRST = int(os.environ.get("KVD_FIRST_SEQUENCE", "0"))
 MANY = 1000
+BRIEFS = Briefs()
 Truth = dict[Place, dict[int, int | None]]
 
 
@@ -42,7 +44,7 @@ class ModelNode:
     def __init__(self, epoch: int, depth: int, workers: list[ModelWorker]) -> None:
         self.stream = Stream("n", epoch, depth)
         self.workers = workers
-        self.sent: list[tuple[int, Changes]] = []
+        self.sent: list[tuple[int, Brief]] = []
 
     def say(self, worker: ModelWorker, *events: object) -> None:
         changed = worker.mirror.live(*worker.publisher.publish(*events))  # type: ignore[arg-type]
@@ -51,7 +53,7 @@ class ModelNode:
     def flush(self) -> None:
         self.sent += (read(message) for message in self.stream.flush(1.0))
 
-    def replay(self, start: int) -> list[tuple[int, Changes]]:
+    def replay(self, start: int) -> list[tuple[int, Brief]]:
         return [read(message) for message in self.stream.replay(start)]
 
     def snapshot(self, request: int) -> Iterator[wire.SnapshotPart]:
@@ -69,10 +71,10 @@ class ModelNode:
         }
 
 
-def read(message: tuple[bytes, bytes, bytes]) -> tuple[int, Changes]:
-    found = read_frames(message)
+def read(message: tuple[bytes, bytes, bytes]) -> tuple[int, Brief]:
+    found = BRIEFS.read(message)
     assert found is not None
-    return found[0], decode_changes(found[1])
+    return found
 
 
 class Seen:
@@ -250,12 +252,6 @@ def test_a_node_that_is_left_leaves_nothing(node: ModelNode, seen: Seen) -> None
     assert seen.why
 
 
-def test_a_workers_own_publisher_is_no_nodes_stream(seen: Seen) -> None:
-    for batch in (Changes(1.0, [Removed(block_hashes=[1])]), Changes(1.0, [])):
-        with pytest.raises(PeerError, match="without kvd's head"):
-            seen.view.batch(0, batch, seen.now)
-
-
 def test_sources_without_end_are_bounded(seen: Seen) -> None:
     stream = Stream("n", 1, 8)
     for n in range(MOST_SOURCES + 10):
@@ -301,6 +297,11 @@ class Both(SetIndex):
     def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> None:
         super().store(holder, parent, hashes)
         assert self.index.store(holder, parent, hashes), "nobody says anything wrong"
+
+    def store_all(self, holder: int, stretches: Sequence[tuple[int | None, "array[int]"]]) -> None:
+        for parent, hashes in stretches:
+            SetIndex.store(self, holder, parent, hashes)
+        assert self.index.store_all(holder, stretches), "nobody says anything wrong"
 
     def remove(self, holder: int, hashes: Sequence[int]) -> None:
         super().remove(holder, hashes)
@@ -355,7 +356,7 @@ class Fate:
         self._epoch += 1
         self._node = ModelNode(self._epoch, depth, self._workers)
         self._coming = iter(())
-        self._late: list[tuple[int, Changes]] = []
+        self._late: list[tuple[int, Brief]] = []
         self._truths = {-1: self._node.truth}
         self._verified = -2
 

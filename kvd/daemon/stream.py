@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvd import wire
+from kvd.brief import first_frame
 from kvd.daemon.mirror import Blocks
 from kvd.sglang_events import AnyEvent, Batch, Removed, encode, seq_frame
 
@@ -17,7 +18,7 @@ MOST_REMEMBERED_BYTES = 64 << 20
 _EVENTS_PER_BATCH = 1024
 _ABSENT = object()
 
-Message = tuple[bytes, bytes, bytes]  # topic, number, batch
+Message = tuple[bytes, bytes, bytes]  # topic and brief, number, batch
 
 
 class Held(Protocol):
@@ -69,8 +70,9 @@ class Stream:
                 events = one.events[at : at + _EVENTS_PER_BATCH] or [Removed(block_hashes=[])]
                 for event in events:
                     event.kvd = None  # a worker has no say in it
-                events[0].kvd = wire.Head(self.node, self.epoch, one.source, one.why)
-                messages.append(self._numbered(Batch(time_s, events, self._rank(one.source))))
+                head = events[0].kvd = wire.Head(self.node, self.epoch, one.source, one.why)
+                batch = encode(Batch(time_s, events, self._rank(one.source)))
+                messages.append(self._numbered(first_frame(head, events), batch))
         return messages
 
     def replay(self, start: int) -> list[Message]:
@@ -78,13 +80,13 @@ class Stream:
         oldest = self.seq + 1 - len(self._past)
         return [message for seq, message in enumerate(self._past, oldest) if seq >= start]
 
-    def _numbered(self, batch: Batch) -> Message:
+    def _numbered(self, first: bytes, batch: bytes) -> Message:
         self.seq += 1
-        message = (wire.TOPIC, seq_frame(self.seq), encode(batch))
+        message = (first, seq_frame(self.seq), batch)
         self._past.append(message)
-        self._past_bytes += len(message[2])
+        self._past_bytes += sum(map(len, message))
         while len(self._past) > self._depth or self._past_bytes > MOST_REMEMBERED_BYTES:
-            self._past_bytes -= len(self._past.popleft()[2])
+            self._past_bytes -= sum(map(len, self._past.popleft()))
         return message
 
     def _rank(self, source: wire.Source) -> int | None:

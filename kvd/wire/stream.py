@@ -2,6 +2,7 @@
 
 Two ZeroMQ sockets. PUB: SGLang's own frames, `[topic][seq, 8 bytes big-endian][batch]`, see kvd.sglang_events; all
 events of a batch are of one `Source`, and the first one carries a `Head` under the key "kvd", which others ignore.
+Behind the topic, in its frame, is the same without tokens (kvd.brief): all that a router reads.
 ROUTER: SGLang's replay (`[b""][seq]`), and `[b""][GetSnapshot]`, answered by `[b""][SnapshotPart]` until the last.
 
     seq    counts the batches of one life of kvd, from 0; `epoch` is another one in each life
@@ -19,8 +20,8 @@ A batch of kvd's tiers has no tokens, and so says `block_size` 0: who indexes to
 
 import sys
 from array import array
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Final
 
 import msgspec
 
@@ -30,7 +31,8 @@ TOPIC: Final = b"kvd"
 RAM, NVME, SHARED = "CPU_TIER1", "DISK", "EXTERNAL"  # media of kvd's tiers; SGLang's are GPU and CPU_PINNED
 PART_BLOCKS: Final = 4096
 
-Run = tuple[int | None, bytes]
+Hash = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Run = tuple[Hash | None, bytes]
 
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -87,10 +89,14 @@ def pack_hashes(hashes: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_hashes(raw: bytes) -> list[int]:
+def unpack_hashes(raw: bytes) -> "array[int]":
     """The reverse. Raises ValueError for another length than a multiple of 8."""
-    packed = array("q")
-    packed.frombytes(raw)
+    packed = array("q", raw)
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tolist()
+    return packed
+
+
+def unpack_runs(runs: Iterable[Run]) -> "list[tuple[int | None, array[int]]]":
+    """Each with its parent. Raises as `unpack_hashes`."""
+    return [(parent, unpack_hashes(hashes)) for parent, hashes in runs]

@@ -7,6 +7,7 @@ input is answered with how many blocks the index has, and when (of the clock tha
 """
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ import zmq
 
 from kvd.router.follow import Follow
 from kvd.router.index import Index
+from kvd.router.main import COLLECT_AFTER
 from kvd.router.numbering import Numbering
 from kvd.router.view import View
 
@@ -38,6 +40,7 @@ async def take(endpoint: str, replay_endpoint: str, chain: Sequence[int]) -> dic
 
 def main() -> None:
     endpoint, replay_endpoint, chain = sys.argv[1:]
+    gc.set_threshold(*COLLECT_AFTER)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         done = runner.run(take(endpoint, replay_endpoint, json.loads(chain)))
     sys.stdin.readline()

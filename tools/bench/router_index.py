@@ -4,10 +4,11 @@ Lookups: kvd's Index and `RadixTree` of ai-dynamo-runtime, each in a process of 
 and asked the same chains in turn; median microseconds, from a list of hashes to a dict of workers. All answers are
 asserted equal. Bytes per block are what the process grew by, per distinct block.
 
-Events: 32 blocks each, of 16 or 64 tokens, as kvd's stream of a node bears them (SGLang's frames and encoding, and a
-head that others ignore), published over TCP as fast as they are taken, until a query finds the last: by
-`python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by the router's own Follow, View and Index in a
-process of their own. These do not hash tokens: SGLang's own hashes are what they use. `--ingest` measures only this.
+Events: 32 blocks each, of 16 or 64 tokens, as kvd's stream of a node bears them (SGLang's frames and encoding, with a
+head and, behind the topic, the same in short: others ignore both), published over TCP as fast as they are taken, until
+a query finds the last: by `python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by the router's own
+Follow, View and Index in a process of their own. These look at no tokens: SGLang's own hashes are what they use.
+`--ingest` measures only this.
 """
 
 import http.client
@@ -30,6 +31,7 @@ import msgspec
 import zmq
 
 from kvd import wire
+from kvd.brief import first_frame
 from kvd.sglang_events import GPU, Batch, Stored, encode, seq_frame
 from tools.bench._kvd import scratch
 from tools.bench._peers import Missing, Peer, end, made_environment, start_peer
@@ -146,7 +148,7 @@ class _Stream:
                 token_ids=msgspec.Raw(msgspec.msgpack.encode(tokens)), block_size=block_tokens, lora_id=None,
                 medium=GPU,
             )  # fmt: skip
-            self.messages.append(encode(Batch(time.time(), [event], 0)))
+            self.messages.append((first_frame(head, [event]), encode(Batch(time.time(), [event], 0))))
             self.chain += hashes
             self.tokens += tokens
 
@@ -247,8 +249,8 @@ class _Node:
         self._router.send_multipart([who, b"", wire.encode(part)])
 
     def _send(self) -> None:
-        for number, message in enumerate(self._stream.messages):
-            self._publisher.send_multipart([wire.TOPIC, seq_frame(number), message])
+        for number, (first, batch) in enumerate(self._stream.messages):
+            self._publisher.send_multipart([first, seq_frame(number), batch])
 
     def __enter__(self) -> "_Node":
         return self
