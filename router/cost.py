@@ -129,10 +129,10 @@ class Ahead(msgspec.Struct, frozen=True, gc=False):
         The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as
         expected says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
         """
-        tokens, begun_s = self.load.queued.tokens, now - self.load.head_at
-        if not tokens or begun_s <= 2.0 * self.head_s:
+        head, begun_s = self.load.head, now - self.load.head_at
+        if not head.tokens or begun_s <= 2.0 * self.head_s:  # others' prompts: nobody knows since when
             return 1.0
-        part = min(1.0, self.chunk_tokens / tokens)
+        part = min(1.0, self.chunk_tokens / max(head.tokens, self.load.queued.tokens))
         expected_s = self.step_s + max(self.head_s, part * self.queued_s)
         return max(1.0, begun_s / max(expected_s, 1e-9) - 1.0)
 

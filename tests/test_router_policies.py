@@ -272,6 +272,7 @@ def test_a_worker_that_does_not_get_on_is_as_slow_as_it_looks() -> None:
     for now, slow in ((0.0, 1.0), (1.9 * alone_s, 1.0), (2.5 * alone_s, 1.5), (101 * alone_s, 100.0)):
         assert waiting.slow(now) == pytest.approx(slow)
     assert Ahead.of(Load(), RATES).slow(1e6) == 1.0
+    assert Ahead.of(Load(work), RATES).slow(1e6) == 1.0, "others' prompts: nobody knows since when"
     mates = Work(4, 4 * work.tokens // 2, 4 * work.pairs / 2)  # one step computes them all
     assert Ahead.of(Load(mates, work), RATES).slow(2 * RATES.prefill_s(mates)) == 1.0
     nobody, free = Busy(0.0, 0.0, 0.0, 0.0), Ahead.of(Load(), RATES)
