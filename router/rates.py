@@ -1,8 +1,8 @@
-"""How fast one worker is: prefill, decode, and what it loads from tiers, learnt from what it did. Pure.
+"""How fast one worker is: prefill and decode, learnt from what it did, and its node's tiers, as the node says. Pure.
 
     prefill  step_s * prompts + token_s * new tokens + pair_s * (new tokens x what each looks at)
     decode   step_s + request_s * running + context_s * tokens in their contexts: seconds between a request's tokens
-    load     latency_s + byte_s * bytes, per tier
+    load     latency_s + bytes / bytes_per_s, per tier
 
 and how long answers are.
 
@@ -22,7 +22,7 @@ CHUNK_TOKENS: Final = 8192
 ANSWER_TOKENS: Final = 256.0
 _ANSWERS: Final = 128  # that count for the mean
 DECODE: Final = (0.01, 2e-5, 3e-8)
-LOAD: Final = {"ram": (0.001, 1 / 10e9), "nvme": (0.005, 1 / 2e9), "shared": (0.02, 1 / 1e9)}
+LOAD: Final = {"ram": (0.001, 10e9), "nvme": (0.005, 2e9), "shared": (0.02, 1e9)}  # until a node has measured it
 
 
 class Rates:
@@ -37,14 +37,12 @@ class Rates:
         self._answer_tokens = ANSWER_TOKENS
         self._answers = 0
         self._kind: Rates | None = None
-        self.loads = {tier: Regression(prior) for tier, prior in LOAD.items()}
+        self._loads = dict(LOAD)
 
     def follow(self, kind: "Rates") -> None:
         """What is not known of this worker yet is believed to be as with all of its kind."""
         self._kind = kind
         self.prefill.like, self.decode.like = kind.prefill, kind.decode
-        for tier, load in self.loads.items():
-            load.like = kind.loads[tier]
 
     @property
     def answer_tokens(self) -> float:
@@ -70,7 +68,10 @@ class Rates:
 
     def load_s(self, tier: str, tokens: int) -> float:
         """Until so many tokens' KV are there, from "ram", "nvme" or "shared"."""
-        return self.loads[tier].predict((1.0, tokens * self.token_bytes)) if tokens > 0 else 0.0
+        if tokens <= 0:
+            return 0.0
+        latency_s, bytes_per_s = self._loads[tier]
+        return latency_s + tokens * self.token_bytes / bytes_per_s
 
     def prefilled(self, work: Work, seconds: float) -> None:
         """So much was computed in so long, by a worker that had nothing else to do."""
@@ -87,6 +88,6 @@ class Rates:
         self._answers = min(_ANSWERS, self._answers + 1)
         self._answer_tokens += (max(1, tokens) - self._answer_tokens) / self._answers
 
-    def loaded(self, tier: str, tokens: int, seconds: float) -> None:
-        """So many tokens' KV came in so long."""
-        self.loads[tier].observe((1.0, tokens * self.token_bytes), seconds)
+    def told(self, tier: str, latency_s: float, bytes_per_s: float) -> None:
+        """A tier of its node is so fast."""
+        self._loads[tier] = (latency_s, bytes_per_s)

@@ -65,6 +65,7 @@ class View:
         self.epoch: int | None = None
         self.seq = -1
         self.sources: dict[Identity, Known] = {}
+        self.speeds: Sequence[wire.Speed] = ()  # of the node's tiers
         self.snapshots = self.replays = 0  # asked for
         self._index = index
         self._holders = holders
@@ -220,7 +221,9 @@ class View:
 
     def _meet(self, source: wire.Source, why: str) -> Identity:
         identity = (source.worker, source.rank, source.namespace)
-        if (source.worker or source.namespace) and (identity in self.sources or len(self.sources) < MOST_SOURCES):
+        if not (source.worker or source.namespace):
+            self.speeds = source.speeds
+        elif identity in self.sources or len(self.sources) < MOST_SOURCES:
             self.sources[identity] = Known(source, why)
         return identity
 

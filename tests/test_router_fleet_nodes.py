@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from kvd import wire
 from kvd.router.fleet import fleet, membership, watch
 from kvd.router.fleet.nodes import NodeAt
+from kvd.router.rates import LOAD
 from tests import router_models
 from tests.fleet_harness import Publishing, World, describes, node
 from tests.harness import PluginProcess, span
@@ -154,6 +156,24 @@ def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_na
         with RawWorker(kvd, label="nobody's"):
             world.until(lambda: world.fleet._nodes.index.match(blocks))
             assert world.has(blocks) == {}, "nobody said whose rank it is"
+
+
+def test_what_loading_takes_is_what_the_node_has_measured(worker: Publishing, tmp_path: Path) -> None:
+    disk = {"nvme__path": tmp_path / "nvme", "nvme__size_bytes": 64 << 20, "nvme__segment_bytes": 1 << 20}
+    with (
+        node(worker.url, **disk, nvme__write_delay_s=0.05) as (kvd, at), World(worker.url, nodes=[at]) as world,
+        RawWorker(kvd, server=f"{worker.mock.port}-{worker.mock.seed}") as rank,
+    ):  # fmt: skip
+        rates = world.fleet.rates(worker.url)
+        before = rates.load_s("shared", 1000)
+        rank.put(6)
+        world.until(lambda: world.fleet._nodes.speeds(at.events))
+        (speed,) = world.fleet._nodes.speeds(at.events)
+        shown = kvd.status().tiers[1].counters["loads_bytes_per_s"]
+        assert (speed.medium, speed.bytes_per_s) == (wire.NVME, pytest.approx(shown, rel=0.06))
+        world.until(lambda: rates._loads["nvme"] != LOAD["nvme"])
+        assert rates._loads["nvme"] == (speed.latency_s, speed.bytes_per_s)
+        assert rates.load_s("shared", 1000) == before
 
 
 @pytest.mark.slow

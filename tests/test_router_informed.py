@@ -7,6 +7,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -593,7 +594,7 @@ def test_a_million_requests_leave_memory_as_it_was(table: Table) -> None:
         said = {True: [event(16), event()], False: [whole(16), b""]}
         for number in range(1_000_001):
             loop.now += 0.005
-            request = replace(bodies[number % 3000], request_id=f"r{number}")
+            request = msgspec.structs.replace(bodies[number % 3000], request_id=f"r{number}")
             choice = await steered.choose(request, NONE)
             steered.sent(choice, loop.now)
             steered.first_byte(choice, 200, loop.now)

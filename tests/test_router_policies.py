@@ -206,16 +206,12 @@ def test_prompts_that_would_share_a_step_count_for_each_other() -> None:
 
 def test_what_a_tier_has_is_loaded_where_that_beats_computing() -> None:
     slow = Rates(token_bytes=100_000)
-    for _ in range(20):
-        slow.loaded("nvme", 8192, 10.0)
-        slow.loaded("nvme", 1024, 1.25)
+    slow.told("nvme", 0.0, 80e6)
     there = Matched(gpu=1024, nvme=8192)
     assert prefix(8192, there, slow).load_s == 0.0
     assert prefix(8192, there, slow).cached == 1024
     fast = Rates(token_bytes=100_000)
-    for _ in range(20):
-        fast.loaded("nvme", 8192, 0.05)
-        fast.loaded("nvme", 1024, 0.01)
+    fast.told("nvme", 0.005, 18e9)
     loaded = prefix(8192, there, fast)
     assert loaded.cached == 8192
     assert 0 < loaded.load_s < prefix(8192, Matched(gpu=1024), fast).compute_s
@@ -223,19 +219,15 @@ def test_what_a_tier_has_is_loaded_where_that_beats_computing() -> None:
 
 def test_a_nearer_tier_is_used_and_a_farther_one_left_where_it_does_not_pay() -> None:
     rates = Rates(token_bytes=100_000)
-    for _ in range(20):
-        rates.loaded("shared", 4096, 20.0)
-        rates.loaded("shared", 1024, 5.0)
-        rates.loaded("ram", 4096, 0.02)
-        rates.loaded("ram", 1024, 0.005)
+    rates.told("shared", 0.0, 20e6)
+    rates.told("ram", 0.0, 20e9)
     assert prefix(8192, Matched(ram=4096, shared=8192), rates).cached == 4096
 
 
 def test_a_slow_piece_in_the_middle_is_loaded_for_what_comes_after_it() -> None:
     rates = Rates(token_bytes=100_000)
-    for tier, seconds in (("nvme", 0.05), ("shared", 0.01)):
-        for _ in range(20):
-            rates.loaded(tier, 512, seconds)
+    rates.told("nvme", 0.05, 1e12)
+    rates.told("shared", 0.01, 1e12)
     assert prefix(65_536, Matched(nvme=512, shared=65_536), rates).cached == 65_536
 
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import zmq
@@ -16,7 +16,9 @@ import zmq
 from kvd import wire
 from kvd.daemon.holdings import Holdings, attached
 from kvd.daemon.node import Node
+from kvd.daemon.promotion import Lower
 from kvd.daemon.readers import Frames, Readers
+from kvd.daemon.stock import MEDIA
 from kvd.daemon.stream import Held, Stream, snapshot
 from kvd.daemon.workers import Workers
 from kvd.errors import SettingsError
@@ -49,6 +51,7 @@ class Events:
         self.workers = Workers(self._context, settings.workers, settings.most_blocks, self._say)
         self._counters = node.stock.counters
         self._sessions = node.sessions
+        self._tiers = node.promotion.tiers
         node.stock.follow(self.holdings)
         log.info("prefix events at %s, snapshots at %s", settings.endpoint, settings.replay)
 
@@ -58,7 +61,7 @@ class Events:
         self.holdings.tick(attached(self.workers.names, self._sessions.all()))
         if now - self._beat_at >= HEARTBEAT_S:
             self._beat_at = now
-            self._say(wire.Source(), (), "")
+            self._say(wire.Source(speeds=speeds(self._tiers)), (), "")
             self._count()
 
     def _count(self) -> None:
@@ -119,3 +122,12 @@ class Events:
 
     def _sources(self) -> list[Held]:
         return [*self.workers.publishers, *self.holdings.sources()]
+
+
+def speeds(tiers: Iterable[Lower]) -> tuple[wire.Speed, ...]:
+    """Of those that were measured, in two digits: what wavers is said seldom."""
+    return tuple(
+        wire.Speed(MEDIA[tier.bit], float(f"{tier.disk.bytes_per_s:.1e}"), float(f"{tier.disk.latency_s:.1e}"))
+        for tier in tiers
+        if tier.disk.known
+    )

@@ -35,8 +35,19 @@ Hash = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Run = tuple[Hash | None, bytes]
 
 
+class Speed(msgspec.Struct, frozen=True, array_like=True):
+    """What loading from one of kvd's tiers takes on this node: `latency_s`, and then so many bytes a second."""
+
+    medium: str
+    bytes_per_s: Annotated[float, msgspec.Meta(gt=0)]
+    latency_s: Annotated[float, msgspec.Meta(ge=0)]
+
+
 class Source(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whose blocks: one rank of a worker (`worker` is its URL), or one namespace of kvd's own tiers (no worker)."""
+    """Whose blocks: one rank of a worker (`worker` is its URL), or one namespace of kvd's own tiers (no worker).
+
+    Neither: the node itself, which says once a second that it is there, and `speeds` of tiers that it has measured.
+    """
 
     worker: str = ""
     rank: int = 0
@@ -47,6 +58,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     block_tokens: int = 0  # 0: not known yet
     life: str = ""  # of a worker: see kvd.sglang_info
     workers: tuple[str, ...] = ()  # of a namespace: URLs of the workers that are attached with it
+    speeds: tuple[Speed, ...] = ()
 
 
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvd import wire
 from kvd.router.fleet.crew import Crew, Doors, Reported
 from kvd.router.fleet.linking import Stated, links, seen_from_here
 from kvd.router.fleet.members import MemberView, State
@@ -34,6 +35,7 @@ from kvd.router.steering import Worker
 
 _TICK_S: Final = 0.1
 _LOOK_S: Final = 1.0
+_TIERS: Final = {wire.NVME: "nvme", wire.SHARED: "shared"}  # whose speed nodes tell, as rates call them
 _SOON: Final = "it is known from the next look on, a moment from now"
 _Kind = tuple[str, int, int]  # model, bytes of a token's KV, most tokens of a prefill step
 
@@ -190,6 +192,9 @@ class Fleet:
             if (member := entry.link.member) is None:
                 entry.watch.doubt(announced.get(name, ""))
                 continue
+            for speed in self._nodes.speeds(member.node):
+                if speed.medium in _TIERS:
+                    entry.rates.told(_TIERS[speed.medium], speed.latency_s, speed.bytes_per_s)
             if one.most_tokens:
                 most[member.node, member.worker] = one.most_tokens // one.block_tokens + 1
             if entry.manner is not None:

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import zmq
 
+from kvd import wire
 from kvd.router.follow import Follow
 from kvd.router.index import Index
 from kvd.router.numbering import Numbering, Place
@@ -93,6 +94,10 @@ class Nodes:
         for node in self._nodes.values():
             node.follow.tick(now)
         self._exact = {name: node.view.sources for name, node in self._nodes.items() if not node.view.why(now)}
+
+    def speeds(self, node: str) -> Sequence[wire.Speed]:
+        """Of its tiers, as it last measured them."""
+        return self._nodes[node].view.speeds
 
     def why(self, node: str) -> str:
         """Why what is known of this node is not exact; "" where it is."""
