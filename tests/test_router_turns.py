@@ -17,7 +17,7 @@ CHATML = (
 )
 TAKEN = {
     "chatml": CHATML,
-    "lines": "{{ bos_token }}\n{% for m in messages %}\n  <{{ m.role }}>\n{{ m.content }}{{ eos_token }}\n{% endfor %}\n",
+    "lines": "{{ bos_token }}\n{% for m in messages %}\n  {{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}\n",
     "branches": (
         "{% for m in messages -%} {% if m.role == 'user' %}U {{ m.content ~ '|' ~ m['content'] }}"
         "{% elif m.role in ['system', 'tool'] and not loop.first %}S {{ 'kept' if unknown is defined else m.role }}"
