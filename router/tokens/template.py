@@ -18,6 +18,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from kvd.errors import SettingsError
+from kvd.router.tokens.turns import Turns
 
 Message = dict[str, Any]
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
@@ -83,6 +84,7 @@ class ChatTemplate:
 
     content: "openai" where messages' parts reach the template as lists, "string" where they are joined before.
     inline_system: whether a system message in the middle of a conversation is rendered where it stands.
+    turns: the same without running it, where it writes each message by itself and there are no variables and no tools.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -99,6 +101,7 @@ class ChatTemplate:
         self._given = {**self._compiled.globals, "documents": None, **(special_tokens or {})}
         self.content: Literal["openai", "string"] = _content_format(source, tree)
         self.inline_system = self._takes_inline_system()
+        self.turns = Turns.of(environment, tree, {**self._given, "tools": None, "add_generation_prompt": True})
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None,
@@ -108,6 +111,11 @@ class ChatTemplate:
 
         Raises whatever the template raises: jinja2.TemplateError, but also TypeError and the like.
         """
+        if self.turns is not None and not variables and tools is None and add_generation_prompt:
+            try:
+                return self.turns.render(messages)
+            except Exception:  # what the template itself makes of them is right, and so is its error
+                pass
         given = {**self._given, **variables} if variables else self._given.copy()
         given["messages"], given["tools"], given["add_generation_prompt"] = messages, tools, add_generation_prompt
         # As the template's render() does it, which copies what is given twice more, and notes what its globals are
