@@ -44,10 +44,9 @@ class Prefix(msgspec.Struct, frozen=True, gc=False):
 
 
 class Busy(msgspec.Struct, frozen=True, gc=False):
-    """How busy a worker is kept, and what its requests could do instead."""
+    """How busy workers are kept on average, and what their requests could do instead."""
 
-    arrivals_per_s: float  # requests that come to it
-    mean_per_s: float  # and that come to a worker on average
+    arrivals_per_s: float  # requests that come to one of them
     load: float  # seconds of work that come to a worker in a second, below 1.0
     elsewhere_s: float  # how much later first tokens would come if the chosen worker were not there, on average
 
@@ -182,21 +181,23 @@ def step_s(tokens: int, ahead: Ahead, rates: Rates, now: float) -> float:
     return mates * rates.prompt_s(tokens if tokens < room else room, 0) if mates else 0.0
 
 
-def later_s(work_s: float, ahead_s: float, busy: Busy) -> float:
-    """What requests that come later wait for this work, which begins in `ahead_s`.
+def later_s(work_s: float, ahead_s: float, arrivals_per_s: float, busy: Busy) -> float:
+    """What requests that come later wait for this work, which begins in `ahead_s` at a worker where so many come.
 
     Who comes before it begins waits for all of it. Who comes while it is being done waits for what is left of it, or
     goes elsewhere if that is faster: the mean worker's share of requests, as one that starts anew has no line yet.
     """
     elsewhere_s = busy.elsewhere_s
     most_s = work_s if work_s < elsewhere_s else elsewhere_s
-    behind = busy.arrivals_per_s * ahead_s * work_s
-    meanwhile = busy.mean_per_s * most_s * (work_s - most_s / 2)
+    behind = arrivals_per_s * ahead_s * work_s
+    meanwhile = busy.arrivals_per_s * most_s * (work_s - most_s / 2)
     return (behind + meanwhile) / (1.0 - busy.load)
 
 
-def cost(tokens: int, matched: Matched, ahead: Ahead, rates: Rates, busy: Busy, now: float) -> Cost:
-    """Of a prompt of so many tokens at one worker."""
+def cost(
+    tokens: int, matched: Matched, ahead: Ahead, rates: Rates, arrivals_per_s: float, busy: Busy, now: float
+) -> Cost:
+    """Of a prompt of so many tokens at one worker, where so many requests come."""
     there, load, slow = prefix(tokens, matched, rates), ahead.load, ahead.slow(now)
     ahead_s = ahead.queue_s(now, slow)
     load_s, compute_s, full_s = there.load_s, slow * there.compute_s, 0.0
@@ -213,7 +214,7 @@ def cost(tokens: int, matched: Matched, ahead: Ahead, rates: Rates, busy: Busy, 
         compute_s,
         ahead.interval_s + (ahead.others + 1) * longer_s + pause_s,
         slow * step_s(tokens - there.cached, ahead, rates, now),
-        later_s(load_s + compute_s, ahead_s + full_s, busy),
+        later_s(load_s + compute_s, ahead_s + full_s, arrivals_per_s, busy),
     )
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import msgspec
 
+from kvd.router.activeload import ActiveLoad
 from kvd.router.decisions import Decisions, Made
 from kvd.router.knowledge import Knowledge
 from kvd.router.leastbusy import Asked, LeastBusy, Standing
 from kvd.router.ledger import Ledger
-from kvd.router.load import ActiveLoad
 from kvd.router.policies.choice import Candidate, Matched, Policy
 from kvd.router.predicted import Predicted
 from kvd.router.prompts import Prompt, Prompts

@@ -33,6 +33,7 @@ PURE = (
     "kvd.ctl.simulate.routing.engine", "kvd.ctl.simulate.routing.radix", "kvd.ctl.simulate.routing.worker",
     "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
     "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",
+    "kvd.router.flights", "kvd.router.activeload",
     "kvd.router.predicted", "kvd.router.cost", "kvd.router.policies.choice", "kvd.router.policies.baselines",
     "kvd.sglang_info", "kvd.router.fleet.told", "kvd.router.fleet.loads", "kvd.router.fleet.health",
     "kvd.router.fleet.members", "kvd.router.fleet.linking",

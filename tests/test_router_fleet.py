@@ -72,8 +72,8 @@ def test_a_worker_serves_what_it_says_and_everybody_what_nobody_says(model: Path
     ):
 
         def serves(worker: str, model: str | None) -> bool:
-            served_by = world.fleet.serving(model)
-            return served_by is None or worker in served_by
+            names = world.fleet.serving(model)
+            return names is None or worker in names
 
         assert serves(one.url, "other"), "nothing is known yet"
         world.until(lambda: not serves(one.url, "other"))

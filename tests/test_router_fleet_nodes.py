@@ -63,9 +63,7 @@ def test_credit_is_not_said_before_requests_get_it(worker: Publishing, monkeypat
     with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
         world.until(lambda: world.view(worker.url).credit)
         assert world.fleet.manner(worker.url) is not None
-        entry = world.fleet._members.find(worker.url)
-        assert entry is not None
-        entry.manner = None  # as when the probe of its tokens has ended since the last look
+        world.fleet._manner_of.clear()  # as when the probe of its tokens has ended since the last look
         assert (world.view(worker.url).credit, world.view(worker.url).why) == (False, fleet._SOON)
 
 

@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kvd.router.load import MOST_LEFT, STALE_REPORT_S, ActiveLoad, Load, Report
+from kvd.router.activeload import STALE_REPORT_S, ActiveLoad
+from kvd.router.flights import MOST_LEFT
+from kvd.router.load import Load, Report
 from kvd.router.predicted import EVENTS_S, Predicted
 from kvd.router.work import NO_WORK, Work
 
@@ -182,6 +184,7 @@ def test_nothing_is_ever_below_zero_and_everything_ends(steps: list[Step]) -> No
             load.finished(name, now)
         else:
             load.reported(worker, report(now - 0.15, which, which, tokens, tokens))
+        assert load.faults() == []
         for worker in ("w0", "w1"):
             there = load.at(worker, now)
             assert min(there.queued) >= 0
@@ -204,6 +207,24 @@ def test_memory_stays_bounded_over_many_requests() -> None:
     assert len(load) == 0
     assert len(load._workers["w"].left) == MOST_LEFT
     assert load.at("w", 1e9).queued == NO_WORK
+
+
+def test_a_look_gives_the_same_load_until_something_happens_there() -> None:
+    load = ActiveLoad()
+    load.reported("w", report(0.5, used=100))
+    load.sent("a", "w", 1000, 0, now=1.0)
+    load.sent("b", "v", 1000, 0, now=1.0)
+    seen = load.at("w", 1.5)
+    load.first_token("b", 2.0)
+    assert load.at("w", 2.0) is seen
+    assert load.at("w", 0.6 + STALE_REPORT_S) is not seen, "the report is too old to be believed"
+    for happens in (load.first_token, lambda name, now: load.progressed(name, 1), load.finished):
+        seen = load.at("w", 3.0)
+        happens("a", 3.0)
+        assert load.at("w", 3.0) is not seen
+    seen = load.at("w", 4.0)
+    load.reported("w", report(3.5))
+    assert load.at("w", 4.0) is not seen
 
 
 # -- blocks on their way ----------------------------------------------------------------------------------

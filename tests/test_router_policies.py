@@ -127,17 +127,17 @@ def test_many_running_requests_count_against_a_worker() -> None:
 
 
 def test_work_costs_more_where_more_requests_come_to_wait_for_it() -> None:
-    calm, rush = Busy(0.1, 0.0, 0.5, 0.0), Busy(5.0, 0.0, 0.5, 0.0)
-    assert later_s(2.0, 1.0, rush) == pytest.approx(50 * later_s(2.0, 1.0, calm))
-    assert later_s(2.0, 3.0, calm) == pytest.approx(3 * later_s(2.0, 1.0, calm))
-    assert later_s(2.0, 1.0, replace(calm, load=0.9)) == pytest.approx(5 * later_s(2.0, 1.0, calm))
+    half, full = Busy(0.0, 0.5, 0.0), Busy(0.0, 0.9, 0.0)
+    assert later_s(2.0, 1.0, 5.0, half) == pytest.approx(50 * later_s(2.0, 1.0, 0.1, half))
+    assert later_s(2.0, 3.0, 0.1, half) == pytest.approx(3 * later_s(2.0, 1.0, 0.1, half))
+    assert later_s(2.0, 1.0, 0.1, full) == pytest.approx(5 * later_s(2.0, 1.0, 0.1, half))
 
 
 def test_who_comes_while_a_prompt_is_computed_waits_for_the_rest_of_it_or_goes_elsewhere() -> None:
-    bound = Busy(arrivals_per_s=9.0, mean_per_s=0.5, load=0.0, elsewhere_s=100.0)
-    assert later_s(4.0, 0.0, bound) == pytest.approx(0.5 * 4.0 * 2.0)  # half of it on average
-    assert later_s(4.0, 0.0, replace(bound, elsewhere_s=1.0)) == pytest.approx(0.5 * (3.0 * 1.0 + 1.0 * 0.5))
-    assert later_s(4.0, 0.0, replace(bound, elsewhere_s=0.0)) == 0.0
+    bound = Busy(arrivals_per_s=0.5, load=0.0, elsewhere_s=100.0)
+    assert later_s(4.0, 0.0, 9.0, bound) == pytest.approx(0.5 * 4.0 * 2.0)  # half of it on average
+    assert later_s(4.0, 0.0, 9.0, replace(bound, elsewhere_s=1.0)) == pytest.approx(0.5 * (3.0 * 1.0 + 1.0 * 0.5))
+    assert later_s(4.0, 0.0, 9.0, replace(bound, elsewhere_s=0.0)) == 0.0
 
 
 def test_a_prompt_leaves_its_prefix_later_where_others_depend_on_theirs() -> None:
@@ -158,7 +158,7 @@ def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
     assert waits_s > 1.0
     for before, line_s in ((Work.of(8192, 0), RATES.prefill_s(Work.of(8192, 0))), (Work.of(400_000, 0), 1e9)):
         ahead = Ahead.of(replace(full, queued=before, head=before), RATES)
-        terms = cost(8192, Matched(), ahead, RATES, Busy(0.0, 0.0, 0.0, 0.0), now=0.0)
+        terms = cost(8192, Matched(), ahead, RATES, 0.0, Busy(0.0, 0.0, 0.0), now=0.0)
         assert terms.room_s == pytest.approx(max(0.0, waits_s - line_s))
 
 
@@ -267,7 +267,7 @@ def test_a_worker_that_does_not_get_on_is_as_slow_as_it_looks() -> None:
     assert Ahead.of(Load(work), RATES).slow(1e6) == 1.0, "others' prompts: nobody knows since when"
     mates = Work(4, 4 * work.tokens // 2, 4 * work.pairs / 2)  # one step computes them all
     assert Ahead.of(Load(mates, work), RATES).slow(2 * RATES.prefill_s(mates)) == 1.0
-    nobody, free = Busy(0.0, 0.0, 0.0, 0.0), Ahead.of(Load(), RATES)
-    there, here = (cost(4000, Matched(gpu=3900), ahead, RATES, nobody, 60.0) for ahead in (waiting, free))
+    nobody, free = Busy(0.0, 0.0, 0.0), Ahead.of(Load(), RATES)
+    there, here = (cost(4000, Matched(gpu=3900), ahead, RATES, 0.0, nobody, 60.0) for ahead in (waiting, free))
     assert there.compute_s > 10 * here.compute_s
-    assert cost(4000, Matched(), free, RATES, nobody, 60.0).ttft_s < there.ttft_s, "its prefix does not help"
+    assert cost(4000, Matched(), free, RATES, 0.0, nobody, 60.0).ttft_s < there.ttft_s, "its prefix does not help"

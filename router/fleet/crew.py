@@ -38,6 +38,6 @@ class Doors(Protocol):
 
 
 class Reported(Protocol):
-    """Hears what engines say of their load: kvd.router.load.ActiveLoad.reported."""
+    """Hears what engines say of their load: kvd.router.activeload.ActiveLoad.reported."""
 
     def __call__(self, worker: str, report: Report) -> None: ...

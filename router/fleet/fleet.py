@@ -63,6 +63,7 @@ class Fleet:
         self._members = Membership(self._watch, self._unwatch)
         self._credited: dict[Manner, Members] = {}  # who has blocks to be matched, by how it names them
         self._kinds: dict[_Kind, Rates] = {}
+        self._manner_of: dict[str, Manner] = {}  # that are credited, as of the last look at everything
         self._names: dict[str, set[str]] = {}  # what requests call what is served -> by whom
         self._group: asyncio.TaskGroup | None = None
         self._jobs: dict[Watch, asyncio.Task[None]] = {}
@@ -105,8 +106,7 @@ class Fleet:
         return self._names.get(model) if model is not None else None
 
     def manner(self, worker: str) -> Manner | None:
-        entry = self._members.find(worker)
-        return entry.manner if entry is not None else None
+        return self._manner_of.get(worker)
 
     def matched(
         self, chains: Mapping[Manner, Sequence[int]], tokens: int, stored: Mapping[Manner, Sequence[int]]
@@ -176,12 +176,14 @@ class Fleet:
             {name: Stated(one.life, one.block_tokens) for name, one in told.items()},
             {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
         )
-        self._names = {}
+        self._names, self._manner_of = {}, {}
         kinds, self._kinds = self._kinds, {}
         credited: dict[Manner, dict[str, Member]] = {}
         most: dict[tuple[str, str], int] = {}
         for name, entry in there.items():
-            entry.manner, entry.link = entry.watch.credited, found.get(name, NO_LINK)
+            entry.link = found.get(name, NO_LINK)
+            if (manner := entry.watch.credited) is not None:
+                self._manner_of[name] = manner
             if (one := told.get(name)) is None:
                 continue
             entry.rates.token_bytes, entry.rates.chunk_tokens = one.token_bytes, one.chunk_tokens
@@ -197,8 +199,8 @@ class Fleet:
                     entry.rates.told(_TIERS[speed.medium], speed.latency_s, speed.bytes_per_s)
             if one.most_tokens:
                 most[member.node, member.worker] = one.most_tokens // one.block_tokens + 1
-            if entry.manner is not None:
-                credited.setdefault(entry.manner, {})[name] = member
+            if manner is not None:
+                credited.setdefault(manner, {})[name] = member
         self._credited = {manner: Members(members) for manner, members in credited.items()}
         self._nodes.bound(most)
 
@@ -218,7 +220,7 @@ class Fleet:
         if not verdict.credit:
             why, remedy = f"{verdict.what} {verdict.where}".rstrip(), verdict.remedy
         elif node:
-            why = self._nodes.why(node) or ("" if entry.manner is not None else _SOON)
+            why = self._nodes.why(node) or ("" if entry.name in self._manner_of else _SOON)
         return MemberView(
             entry.name, entry.state, entry.origin, watch.told.serving.served_name if watch.told else "", node, not why,
             why, remedy, watch.health.why, verdict.state, self._members.running(entry),
@@ -248,6 +250,7 @@ class Fleet:
         if job is not None:
             job.cancel()
         entry.watch.close()
+        self._manner_of.pop(entry.name, None)
         self._due = True
 
     def _changed(self) -> None:

@@ -14,7 +14,6 @@ from kvd.router.fleet.crew import Crew, Doors
 from kvd.router.fleet.linking import Link
 from kvd.router.fleet.members import GONE_AFTER_S, Origin, State, state_of
 from kvd.router.fleet.watch import Watch
-from kvd.router.knowledge import Manner
 from kvd.router.rates import Rates
 from kvd.router.steering import Worker, worker_at
 
@@ -28,7 +27,7 @@ NO_LINK: Final = Link(None, "it has not said what it is")
 class Entry:
     """A worker that is watched. `admitted`: it is a member; one that was announced is asked first who it is.
 
-    `link` and `manner` (that is credited): as of the last look at everything.
+    `link`: as of the last look at everything.
     """
 
     worker: Worker
@@ -38,7 +37,6 @@ class Entry:
     draining: bool = False
     rates: Rates = field(default_factory=Rates)
     link: Link = NO_LINK
-    manner: Manner | None = None
 
     @property
     def name(self) -> str:

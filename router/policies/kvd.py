@@ -46,7 +46,8 @@ class Kvd:
 
     def choose(self, request: Request, candidates: Sequence[Candidate], now: float) -> Choice:
         self._pass(now)
-        known = [self._of(each.worker) for each in candidates]
+        find = self._known.get
+        known = [find(each.worker) or self._begin(each.worker) for each in candidates]
         choice = by_cost(
             self.name,
             self._scored(request.tokens, candidates, known, now),
@@ -55,38 +56,35 @@ class Kvd:
         self._came(choice)
         return choice
 
-    def _of(self, worker: str) -> _Known:
-        known = self._known.get(worker)
-        if known is None:
-            known = self._known[worker] = _Known()
+    def _begin(self, worker: str) -> _Known:
+        known = self._known[worker] = _Known()
         return known
 
     def _scored(
         self, tokens: int, candidates: Sequence[Candidate], known: Sequence[_Known], now: float
     ) -> list[Scored]:
         rates_of, weight, window_s = self._rates, self._weight, self._window_s()
-        mean_per_s, busy_part, elsewhere_s = self._mean(known, window_s)
+        busy = self._mean(known, window_s)
         scored = []
         for each, here in zip(candidates, known, strict=True):
             load, rates, ahead = each.load, rates_of(each.worker), here.ahead
             if ahead is None or not ahead.holds(load, rates):
                 ahead = here.ahead = Ahead.of(load, rates)
             arrivals_per_s = (here.arrivals / weight + 1.0) / window_s  # this one included
-            busy = Busy(arrivals_per_s, mean_per_s, busy_part, elsewhere_s)
-            terms = cost(tokens, each.matched, ahead, rates, busy, now)
+            terms = cost(tokens, each.matched, ahead, rates, arrivals_per_s, busy, now)
             ttft_s = terms.ttft_s
             scored.append(Scored(each, ttft_s + terms.interval_s + terms.step_s + terms.later_s, terms, ttft_s))
         return scored
 
-    def _mean(self, known: Sequence[_Known], window_s: float) -> tuple[float, float, float]:
-        """What is in Busy of all workers: this request included."""
+    def _mean(self, known: Sequence[_Known], window_s: float) -> Busy:
+        """Of all workers, this request included."""
         arrivals = work_s = elsewhere_s = 0.0
         for here in known:
             arrivals += here.arrivals
             work_s += here.work_s
             elsewhere_s += here.elsewhere_s
         each_s = len(known) * window_s
-        return (
+        return Busy(
             (arrivals / self._weight + 1.0) / each_s,
             min(_FULL, work_s / self._weight / each_s),
             elsewhere_s / arrivals if arrivals else 0.0,
@@ -99,7 +97,7 @@ class Kvd:
 
     def _came(self, choice: Choice) -> None:
         """To the winner."""
-        here, weight, terms = self._of(choice.worker), self._weight, choice.winner.terms
+        here, weight, terms = self._known[choice.worker], self._weight, choice.winner.terms
         here.arrivals += weight
         here.work_s += weight * (terms["load_s"] + terms["compute_s"])
         here.elsewhere_s += weight * _elsewhere_s(choice)

@@ -14,8 +14,9 @@ from kvd.ctl.simulate.routing.engine import Engine
 from kvd.ctl.simulate.routing.spread import Spread
 from kvd.ctl.simulate.routing.worker import Changes, Job, Worker
 from kvd.ctl.simulate.traces import Prompt
+from kvd.router.activeload import ActiveLoad
 from kvd.router.index import Index
-from kvd.router.load import ActiveLoad, Report
+from kvd.router.load import Report
 from kvd.router.policies import named
 from kvd.router.policies.choice import Candidate, Draw, Matched, Policy
 from kvd.router.predicted import Predicted
