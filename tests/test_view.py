@@ -253,14 +253,14 @@ def test_a_node_that_is_left_leaves_nothing(node: ModelNode, seen: Seen) -> None
     assert seen.why
 
 
-@pytest.mark.parametrize("run", [(1 << 63, b"x" * 8), (-(1 << 63) - 1, b""), (None, b"x")])
+@pytest.mark.parametrize("run", [(1 << 63, b"x" * 8), (None, b"x")])
 def test_a_part_whose_hashes_are_none_is_refused_as_a_whole(node: ModelNode, run: tuple[int | None, bytes]) -> None:
     seen = Seen()
     wanted = seen.view.ask(seen.now)
     assert wanted is not None
     source = node.workers[0].source
-    with pytest.raises((PeerError, OverflowError)):
-        raw = wire.encode(wire.SnapshotPart(wanted.request, "n", 1, -1, source, "", GPU, [(None, b"y" * 8), run]))
+    raw = wire.encode(wire.SnapshotPart(wanted.request, "n", 1, -1, source, "", GPU, [(None, b"y" * 8), run]))
+    with pytest.raises(PeerError):
         seen.view.part(wire.decode_from_stream(raw), seen.now)
     assert seen.held == {}
 

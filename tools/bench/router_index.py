@@ -5,8 +5,8 @@ and asked the same chains in turn; median microseconds, from a list of hashes to
 asserted equal. Bytes per block are what the process grew by, per distinct block.
 
 Events: batches of 32 blocks, of 16 or 64 tokens, as kvd's stream of a node bears them (SGLang's frames and encoding,
-with a head and, behind the topic, the same in short: others ignore both), published over TCP as fast as they are taken,
-until a query finds the last: by `python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by the router's
+with a head and, behind the topic, the same in short: others ignore both), published over TCP as fast as they go, until
+a query finds the last: by `python -m dynamo.indexer` (asked over HTTP, as it is made to be), and by the router's
 own Follow, View and Index in a process of their own. A block an event is what SGLang says (record_store in its
 mem_cache/events.py); all 32 in one is what costs others the least. kvd's router looks at no tokens: SGLang's own
 hashes are what it uses. `--ingest` measures only this.
