@@ -11,6 +11,7 @@ from kvd import wire
 from kvd.brief import Brief, Briefs
 from kvd.daemon.mirror import Mirror
 from kvd.daemon.stream import Stream, snapshot
+from kvd.errors import PeerError
 from kvd.router.index import Index
 from kvd.router.numbering import Numbering, Place
 from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, View
@@ -250,6 +251,18 @@ def test_a_node_that_is_left_leaves_nothing(node: ModelNode, seen: Seen) -> None
     assert seen.index.held == {}
     assert len(seen.holders) == 0
     assert seen.why
+
+
+@pytest.mark.parametrize("run", [(1 << 63, b"x" * 8), (None, b"x")])
+def test_a_part_whose_hashes_are_none_is_refused_as_a_whole(node: ModelNode, run: tuple[int | None, bytes]) -> None:
+    seen = Seen()
+    wanted = seen.view.ask(seen.now)
+    assert wanted is not None
+    source = node.workers[0].source
+    raw = wire.encode(wire.SnapshotPart(wanted.request, "n", 1, -1, source, "", GPU, [(None, b"y" * 8), run]))
+    with pytest.raises(PeerError):
+        seen.view.part(wire.decode_from_stream(raw), seen.now)
+    assert seen.held == {}
 
 
 def test_sources_without_end_are_bounded(seen: Seen) -> None:
