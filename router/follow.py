@@ -19,6 +19,7 @@ log = logging.getLogger("kvd.router")
 
 _QUEUE = 20_000  # batches; what is dropped beyond is asked for again
 _PART_FRAMES = 2
+_LATE_S = 1.0  # between two ticks
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -43,9 +44,10 @@ class Follow:
         self._live = Pump(subscriber, self._published, receive_but_last)
 
     def tick(self, now: float) -> None:
-        """Ask for what the view misses."""
+        """Ask for what the view misses; not when this comes late, for then what lies in the sockets was not read."""
+        late = now - self._now > _LATE_S
         self._now = now
-        wanted = self.view.ask(now)
+        wanted = None if late else self.view.ask(now)
         if wanted is not None:
             self._ask(wanted)
 

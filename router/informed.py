@@ -164,7 +164,7 @@ class Informed(LeastBusy):
             life.expected_at = now + life.expected_s
             self._unheard[life.id] = life
         if life.prompt.exact and not life.again:  # who asks again would find itself among those who asked before
-            seen = self._seen.note(life.chain) * life.block_tokens
+            seen = self._seen.note(life.chain, life.best // life.block_tokens) * life.block_tokens
             self.ledger.sent(life.id, seen, life.best, life.matched)
 
     def first_byte(self, choice: Choice, status: int, now: float) -> None:

@@ -35,10 +35,11 @@ class Seen:
         self._now, self._before = self._empty(), self._empty()
         self._noted = 0
 
-    def note(self, chain: Sequence[int]) -> int:
-        """These are asked for now. How many blocks from the first on had been noted lately."""
-        here = self._known(self._now, chain)
-        known = here if here == len(chain) else max(here, self._known(self._before, chain))
+    def note(self, chain: Sequence[int], guess: int = 0) -> int:
+        """These are asked for now. How many blocks from the first on had been noted lately: about `guess`, perhaps."""
+        here = known = self._known(self._now, chain, guess)
+        if here < len(chain) and self._in(self._before, chain[here]):
+            known = self._known(self._before, chain, here + 1)
         if self._noted >= self._capacity:
             self._now, self._before, self._noted, here = self._empty(), self._now, 0, 0
         for block in chain[here:]:
@@ -47,10 +48,12 @@ class Seen:
             self._noted += 1
         return known
 
-    def _known(self, words: "array[int]", chain: Sequence[int]) -> int:
-        """How many leading blocks are in: in steps that double, then halve."""
+    def _known(self, words: "array[int]", chain: Sequence[int], guess: int) -> int:
+        """How many leading blocks are in: in steps that double, then halve, from `guess` on if those are in."""
         place, whole = self._place, len(chain)
         low, step = 0, 1  # all below `low` are in
+        if 0 < guess <= whole and self._in(words, chain[guess - 1]):
+            low = guess
         while low + step <= whole:
             at, mask = place(chain[low + step - 1])
             if words[at] & mask != mask:
@@ -66,6 +69,10 @@ class Seen:
             else:
                 high = middle - 1
         return low
+
+    def _in(self, words: "array[int]", block: int) -> bool:
+        at, mask = self._place(block)
+        return words[at] & mask == mask
 
     def _place(self, block: int) -> tuple[int, int]:
         mixed = block * _MIX & _WORD

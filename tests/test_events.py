@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import zmq
 from kvd import wire
 from tests.event_stream import Router, ScriptedWorker
 from tests.harness import Daemon, PluginProcess, span
+from tests.kvdctl import RawWorker
 
 
 @contextmanager
@@ -89,6 +91,16 @@ def test_pages_in_ram_reach_a_router_and_heal_after_kill_9_of_kvd() -> None:
         kvd.start()
         router.until(lambda: not router.why and router.view.epoch != epoch)
         router.until(lambda: set(router.held(medium=wire.RAM)) == set(blocks))
+
+
+def test_a_router_that_had_no_time_to_read_does_not_ask_anew() -> None:
+    with node() as (kvd, endpoint), Router(endpoint) as router, RawWorker(kvd) as worker:
+        worker.put(6)
+        router.until(lambda: router.view.snapshots == 1)
+        for seconds in (5, 10, 15):  # it comes to its ticks, late, and to nothing else
+            router._follow.tick(time.monotonic() + seconds)
+        router.until(lambda: not router.why and len(router.held(medium=wire.RAM)) == 6)
+        assert (router.view.snapshots, router.view.replays) == (1, 0)
 
 
 @pytest.mark.slow
