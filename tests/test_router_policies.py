@@ -178,6 +178,14 @@ def test_a_rush_is_seen_from_the_first_seconds_on() -> None:
     assert early == pytest.approx(late, rel=0.1)  # as many came per second
 
 
+def test_workers_that_have_gone_are_forgotten() -> None:
+    policy = ours()
+    policy.choose(request(), of(idle(), idle(), idle()), now=0.0)
+    for minute in range(1, 9):
+        policy.choose(request(), of(idle()), now=60.0 * minute)
+    assert set(policy._known) == {"w0"}
+
+
 def test_a_long_prompt_goes_to_the_worker_where_few_come() -> None:
     policy = ours()
 
