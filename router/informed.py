@@ -26,13 +26,14 @@ from kvd.router.ledger import Ledger
 from kvd.router.policies.choice import Candidate, Matched, Policy
 from kvd.router.predicted import Predicted
 from kvd.router.prompts import Prompt, Prompts
-from kvd.router.rates import LEARN_S, Rates
+from kvd.router.rates import Rates
 from kvd.router.seen import Seen
 from kvd.router.steering import Choice, Incoming, Outcome, Worker
 from kvd.router.usage import Usage
 from kvd.router.work import Request
 
 _NOTHING = Matched()
+_TURNS = 4  # ticks from learning to learning: a second
 
 
 class Life(msgspec.Struct, eq=False):
@@ -71,15 +72,13 @@ class Informed(LeastBusy):
         self._knowledge = knowledge
         self._seen = Seen()
         self._unheard: dict[str, Life] = {}  # whose first token we shall not see
-        self._learnt: dict[tuple[str, str], float] = {}  # worker and what -> when
+        self._ticks = 0
         self._number = 0
 
     def leave(self, name: str) -> None:
         super().leave(name)
         self.load.forget(name)
         self.predicted.forget(name)
-        for what in ("prefill", "decode"):
-            self._learnt.pop((name, what), None)
 
     # -- the choice ---------------------------------------------------------------------------------------
 
@@ -189,7 +188,7 @@ class Informed(LeastBusy):
         life.made.first_token(now)
         self.predicted.prefilled(life.id, life.worker, now)
         served = self.load.first_token(life.id, now, life.usage.cached)
-        if served is not None and life.prompt.exact and self._due(life.worker, "prefill", now):
+        if served is not None and life.prompt.exact:
             life.rates.prefilled(*served)
 
     def finished(self, choice: Choice, outcome: Outcome, now: float) -> None:
@@ -224,16 +223,9 @@ class Informed(LeastBusy):
         if not life.prompt.single or tokens is None:
             return
         life.rates.answered(tokens)
-        if life.first_at is not None and tokens > 1 and self._due(life.worker, "decode", now):
+        if life.first_at is not None and tokens > 1:
             load = self.load.at(life.worker, now)
             life.rates.decoded(load.running, load.context_tokens, (now - life.first_at) / (tokens - 1))
-
-    def _due(self, worker: str, what: str, now: float) -> bool:
-        """Whether to learn from this one."""
-        if now - self._learnt.get((worker, what), -LEARN_S) < LEARN_S:
-            return False
-        self._learnt[worker, what] = now
-        return True
 
     def _still(self, life: Life, cached: int) -> int:
         """What its worker's GPU has of it now, where that makes a difference to the ledger."""
@@ -246,7 +238,19 @@ class Informed(LeastBusy):
         for life in [life for life in self._unheard.values() if life.expected_at <= now]:
             del self._unheard[life.id]
             self.load.first_token(life.id, now)  # what was served by then is a guess: nothing is learnt from it
+        self._learn_from_all()
         super().tick(now)
+
+    def _learn_from_all(self) -> None:
+        """Some workers at each tick: the loop has streams to serve."""
+        turn = self._ticks % _TURNS
+        self._ticks += 1
+        rates = [self._knowledge.rates(name) for name in self._loads]
+        if not turn:
+            for kind in {id(each.kind): each.kind for each in rates if each.kind is not None}.values():
+                kind.learn()
+        for each in rates[turn::_TURNS]:
+            each.learn()
 
     # -- numbers ------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@
 and how long answers are.
 
 The priors are a 30-billion model's on four H100: right in shape for any dense transformer on any machine, and only the
-shape lasts beyond the first observations. Until then a worker is taken to be as fast as others of its kind were: one
-that computes its first long prompt looked fast, and got everything, while the others were already known to be slow.
+shape lasts beyond the first observations. A worker is taken to be as fast as its kind (kvd.router.regression): one
+that computed its first long prompt looked fast, and got everything, while the others were known to be slow.
 """
 
 from typing import Final
@@ -17,7 +17,6 @@ from kvd.router.regression import Regression
 from kvd.router.work import Work
 
 PREFILL: Final = (0.01, 3e-5, 5e-10)
-LEARN_S: Final = 1.0  # nobody need tell of one worker more often: learning takes a millisecond
 CHUNK_TOKENS: Final = 8192
 ANSWER_TOKENS: Final = 256.0
 _ANSWERS: Final = 128  # that count for the mean
@@ -36,18 +35,18 @@ class Rates:
         self.decode = Regression(DECODE)
         self._answer_tokens = ANSWER_TOKENS
         self._answers = 0
-        self._kind: Rates | None = None
+        self.kind: Rates | None = None
         self._loads = dict(LOAD)
 
     def follow(self, kind: "Rates") -> None:
-        """What is not known of this worker yet is believed to be as with all of its kind."""
-        self._kind = kind
+        """This worker is one of this kind, which is told all that is observed of it."""
+        self.kind = kind
         self.prefill.like, self.decode.like = kind.prefill, kind.decode
 
     @property
     def answer_tokens(self) -> float:
         """Of a mean answer."""
-        return self._answer_tokens if self._answers or self._kind is None else self._kind.answer_tokens
+        return self._answer_tokens if self._answers or self.kind is None else self.kind.answer_tokens
 
     def prefill_s(self, work: Work) -> float:
         prompt_s, token_s, pair_s = self.prefill.coefficients
@@ -73,6 +72,11 @@ class Rates:
         latency_s, bytes_per_s = self._loads[tier]
         return latency_s + tokens * self.token_bytes / bytes_per_s
 
+    def learn(self) -> None:
+        """Make something of what was observed: about once a second, and of its kind before."""
+        self.prefill.learn()
+        self.decode.learn()
+
     def prefilled(self, work: Work, seconds: float) -> None:
         """So much was computed in so long, by a worker that had nothing else to do."""
         self.prefill.observe(work, seconds)
@@ -83,8 +87,8 @@ class Rates:
 
     def answered(self, tokens: int) -> None:
         """An answer was so long."""
-        if self._kind is not None:
-            self._kind.answered(tokens)
+        if self.kind is not None:
+            self.kind.answered(tokens)
         self._answers = min(_ANSWERS, self._answers + 1)
         self._answer_tokens += (max(1, tokens) - self._answer_tokens) / self._answers
 

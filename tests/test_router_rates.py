@@ -23,6 +23,7 @@ def test_an_engine_of_any_speed_is_known_after_some_prompts(factor: float) -> No
     for work in prompts(64):
         seconds = sum(c * part for c, part in zip(truth, work, strict=True))
         rates.prefilled(work, seconds * chance.uniform(0.95, 1.05))
+    rates.learn()
     for work in prompts(50, seed=2):
         seconds = sum(c * part for c, part in zip(truth, work, strict=True))
         assert rates.prefill_s(work) == pytest.approx(seconds, rel=0.1)
@@ -41,6 +42,7 @@ def test_what_something_got_in_the_way_of_changes_little() -> None:
     for number, work in enumerate(prompts(96)):
         seconds = sum(c * part for c, part in zip(PREFILL, work, strict=True)) * chance.uniform(0.97, 1.03)
         rates.prefilled(work, seconds * (20.0 if number % 6 == 0 else 1.0))
+    rates.learn()
     work = Work.of(8000, 0)
     assert rates.prefill_s(work) == pytest.approx(
         sum(c * part for c, part in zip(PREFILL, work, strict=True)), rel=0.1
@@ -50,8 +52,9 @@ def test_what_something_got_in_the_way_of_changes_little() -> None:
 def test_an_engine_that_has_changed_is_learnt_anew() -> None:
     rates = Rates()
     for factor in (1.0, 4.0):
-        for work in prompts(120):
+        for work in prompts(300):
             rates.prefilled(work, factor * sum(c * part for c, part in zip(PREFILL, work, strict=True)))
+        rates.learn()
     work = Work.of(8000, 0)
     assert rates.prefill_s(work) == pytest.approx(
         4 * sum(c * part for c, part in zip(PREFILL, work, strict=True)), rel=0.05
@@ -62,6 +65,7 @@ def test_what_observations_do_not_tell_apart_is_split_as_in_the_prior() -> None:
     rates = Rates()
     for _ in range(40):
         rates.decoded(16, 16_000, 3 * sum(c * p for c, p in zip(DECODE, (1, 16, 16_000), strict=True)))
+    rates.learn()
     assert rates.interval_s(32, 32_000) == pytest.approx(
         3 * sum(c * p for c, p in zip(DECODE, (1, 32, 32_000), strict=True)), rel=0.02
     )
@@ -72,7 +76,8 @@ def test_a_worker_that_nothing_is_known_of_is_as_fast_as_its_kind() -> None:
     known.follow(kind)
     new.follow(kind)
     work, slow = Work.of(1000, 0), 200 * sum(c * p for c, p in zip(PREFILL, Work.of(1000, 0), strict=True))
-    known.prefilled(work, slow)
+    for _ in range(3):
+        known.prefilled(work, slow)
     known.decoded(1, 1000, 0.5)
     known.answered(9)
     assert known.prefill_s(work) == pytest.approx(slow, rel=0.01)
@@ -83,6 +88,25 @@ def test_a_worker_that_nothing_is_known_of_is_as_fast_as_its_kind() -> None:
     assert new.prefill_s(work) == pytest.approx(slow / 10, rel=0.01), "what is known of itself comes first"
     assert known.prefill_s(work) == pytest.approx(slow, rel=0.01), "and is its own"
     assert (new.answer_tokens, known.answer_tokens, kind.answer_tokens) == (99, 9, 54)
+
+
+def test_workers_of_a_kind_are_alike_unless_one_is_much_slower() -> None:
+    kind, few, slow = Rates(), Rates(), Rates()
+    few.follow(kind)
+    slow.follow(kind)
+    truth, chance = (0.02, 5e-5, 1e-9), random.Random(5)
+    for number, work in enumerate(prompts(200)):
+        seconds = sum(c * part for c, part in zip(truth, work, strict=True))
+        kind.prefilled(work, seconds * chance.uniform(0.95, 1.05))
+        if number % 20 == 0:
+            few.prefilled(work, seconds * chance.uniform(0.8, 1.25))
+            slow.prefilled(work, 5 * seconds * chance.uniform(0.8, 1.25))
+    for rates in (kind, few, slow):
+        rates.learn()
+    for work in prompts(50, seed=2):
+        seconds = sum(c * part for c, part in zip(truth, work, strict=True))
+        assert few.prefill_s(work) == kind.prefill_s(work) == pytest.approx(seconds, rel=0.15)
+        assert slow.prefill_s(work) == pytest.approx(5 * seconds, rel=0.3)
 
 
 def test_what_a_node_says_of_its_tiers_is_believed() -> None:

@@ -20,7 +20,7 @@ from kvd.router.load import Report
 from kvd.router.policies import named
 from kvd.router.policies.choice import Candidate, Draw, Matched, Policy
 from kvd.router.predicted import Predicted
-from kvd.router.rates import LEARN_S, Rates
+from kvd.router.rates import Rates
 from kvd.router.work import Request
 
 EVENT_LAG_S: Final = 0.02
@@ -46,8 +46,8 @@ class Fleet:
     _index: Index = field(init=False)
     _load: ActiveLoad = field(default_factory=ActiveLoad)
     _predicted: Predicted = field(default_factory=Predicted)
+    _kind: Rates = field(default_factory=Rates)
     _rates: list[Rates] = field(init=False)
-    _learnt: dict[tuple[int, str], float] = field(default_factory=dict)  # worker and what -> when
     _news: deque[tuple[float, int, Changes]] = field(default_factory=deque)
     _due: list[tuple[float, int]] = field(default_factory=list)  # a heap; stale where a worker's step was cut short
     _reported_at: float = 0.0
@@ -55,10 +55,9 @@ class Fleet:
     def __post_init__(self) -> None:
         self.members = [Worker(self.engine, self.block_tokens, self.intervals) for _ in range(self.workers)]
         self._names = [f"worker{number}" for number in range(self.workers)]
-        kind = Rates()
         self._rates = [Rates() for _ in self._names]
         for rates in self._rates:
-            rates.follow(kind)
+            rates.follow(self._kind)
         by_name = dict(zip(self._names, self._rates, strict=True))
         self._policy = POLICIES[self.policy](self.draw, by_name.__getitem__)
         self._index = Index(2 * self.workers * (self.engine.kv_tokens // self.block_tokens + 1))  # events come late
@@ -87,11 +86,11 @@ class Fleet:
         for job in changes.first:
             served = self._load.first_token(str(job.number), now, job.cached)
             self._predicted.prefilled(str(job.number), name, now)
-            if served is not None and self._learns(number, "prefill", now):
+            if served is not None:
                 rates.prefilled(*served)
         for job in changes.ended:
             self._load.progressed(str(job.number), job.output)
-            if job.output > 1 and self._learns(number, "decode", now):
+            if job.output > 1:
                 load = self._load.at(name, now)
                 each = (job.ended_at - job.first_at) / (job.output - 1)
                 rates.decoded(load.running, load.context_tokens, each)
@@ -99,13 +98,6 @@ class Fleet:
             self._load.finished(str(job.number), now)
         if changes.stored or changes.removed:
             self._news.append((now + EVENT_LAG_S, number, changes))
-
-    def _learns(self, number: int, what: str, now: float) -> bool:
-        """As often as the router does."""
-        if now - self._learnt.get((number, what), -LEARN_S) < LEARN_S:
-            return False
-        self._learnt[number, what] = now
-        return True
 
     def _learn(self, now: float) -> None:
         """Events whose time has come, and reports."""
@@ -118,6 +110,8 @@ class Fleet:
                 self._index.remove(number, changes.removed)
         if now - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = now
+            for rates in (self._kind, *self._rates):
+                rates.learn()
             for name, worker in zip(self._names, self.members, strict=True):
                 self._load.reported(name, _report(worker, now))
 
