@@ -159,14 +159,18 @@ def prefix(tokens: int, matched: Matched, rates: Rates) -> Prefix:
 
 
 def room_s(tokens: int, load: Load, rates: Rates) -> float:
-    """Until those that run have left room for `tokens` and their answer, and for all that wait before."""
+    """Until those that run have left room for `tokens` and their answer, and for all that wait before.
+
+    In the time of an answer they leave what they hold. What they have in common stays: where siblings of one long
+    prompt fill a worker, that is nearly all of their contexts.
+    """
     if load.free_tokens is None or not load.running:
         return 0.0
     short = tokens + rates.answer_tokens - load.free_tokens
     if short <= 0:
         return 0.0
     answer_s = rates.answer_tokens * rates.interval_s(load.running, load.context_tokens)
-    return short * answer_s / max(1, load.context_tokens)
+    return short * answer_s / max(1, load.held_tokens)
 
 
 def step_s(tokens: int, ahead: Ahead, rates: Rates, now: float) -> float:

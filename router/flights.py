@@ -90,7 +90,8 @@ def since(there: There, at: float) -> tuple[int, int]:
 def own(there: There) -> Load:
     """What is known without a report."""
     head = next(iter(there.waiting.values())).work if there.waiting else NO_WORK
-    return Load(there.queued, head, there.since if there.waiting else 0.0, there.running, there.context)
+    since = there.since if there.waiting else 0.0
+    return Load(there.queued, head, since, there.running, there.context, held_tokens=there.context)
 
 
 def corrected(there: There, report: Report) -> Load:
@@ -99,7 +100,8 @@ def corrected(there: There, report: Report) -> Load:
     queued, head = there.line = there.line or _line(there, report)
     running = max(there.fresh, there.running + others.running)
     each = report.used_tokens / max(1, report.running + report.waiting)
-    claimed = report.used_tokens + there.taken + round(there.sharing * there.whole) + others.tokens
+    context = max(0, there.context + round(each * (running - there.running)))
+    claimed = report.used_tokens + round(there.sharing * (there.taken + there.whole)) + others.tokens
     # What was done before the report is not waiting any more.
     since = max(there.since, report.made_at) if there.waiting else 0.0
     return Load(
@@ -107,8 +109,9 @@ def corrected(there: There, report: Report) -> Load:
         head,
         since,
         running,
-        max(0, there.context + round(each * (running - there.running))),
+        context,
         min(report.most_tokens, report.most_tokens - claimed),
+        round(there.sharing * context),
     )
 
 

@@ -16,6 +16,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     running: int = 0  # have their first token, not their last
     context_tokens: int = 0  # of those
     free_tokens: int | None = None  # of KV memory when all that waits is in; below zero: some wait for it
+    held_tokens: int = 0  # by those that run: less than their contexts where they have prefixes in common
 
     @property
     def requests(self) -> int:

@@ -25,7 +25,7 @@ def test_a_request_waits_runs_and_is_gone() -> None:
     assert load.at("w", 2.0) == Load(Work(2, 1100, 600 * 700 + 500 * 250), Work(1, 600, 600 * 700), 1.0)
     load.first_token("a", 3.0)
     load.progressed("a", 20)
-    assert load.at("w", 3.25) == Load(Work(1, 500, 500 * 250), Work(1, 500, 500 * 250), 3.0, 1, 1020)
+    assert load.at("w", 3.25) == Load(Work(1, 500, 500 * 250), Work(1, 500, 500 * 250), 3.0, 1, 1020, None, 1020)
     load.finished("a", 4.0)
     load.first_token("b", 4.0)
     load.finished("b", 5.0)
@@ -115,7 +115,10 @@ def test_prompts_that_wait_take_room_as_far_as_those_that_run_shared_none_of_the
     assert load.at("w", 4.0).free_tokens == 8000 - 1500
     load.progressed("e", 100)
     load.first_token("e", 4.5)
-    assert load.at("w", 4.5).free_tokens == 8000 - 3100  # which the next report sets right
+    assert load.at("w", 4.5).free_tokens == 8000 - 1550
+    assert load.at("w", 4.5).held_tokens == load.at("w", 4.5).context_tokens // 2
+    load.finished("a", 5.0)
+    assert load.at("w", 5.0).free_tokens == 8000 - 1550 + 500, "what the others use too stays"
 
 
 def test_an_engine_that_is_ahead_of_what_we_heard_is_believed_about_what_it_had() -> None:

@@ -23,11 +23,11 @@ def request(name: str = "r", tokens: int = 8192, first: int = 0) -> Request:
 def busy(prompts: int = 1, tokens: int = 50_000, running: int = 0, context: int = 0, now: float = 0.0) -> Load:
     """One that begins with its work just now."""
     work = Work(prompts, tokens, tokens * 4000.0)
-    return Load(work, work, now, running, context, 500_000)
+    return Load(work, work, now, running, context, 500_000, context)
 
 
 def idle(free: int = 500_000, running: int = 0, context: int = 0) -> Load:
-    return Load(running=running, context_tokens=context, free_tokens=free)
+    return Load(running=running, context_tokens=context, free_tokens=free, held_tokens=context)
 
 
 def of(*loads: Load, matched: Sequence[Matched] | None = None) -> list[Candidate]:
@@ -153,8 +153,11 @@ def test_a_prompt_leaves_its_prefix_later_where_others_depend_on_theirs() -> Non
 
 
 def test_room_counts_as_far_as_it_takes_longer_than_the_line() -> None:
-    full = Load(running=20, context_tokens=400_000, free_tokens=-100_000)
+    full = idle(free=-100_000, running=20, context=400_000)
     waits_s = room_s(8192, full, RATES)
+    assert room_s(8192, replace(full, held_tokens=40_000), RATES) == pytest.approx(10 * waits_s), (
+        "siblings leave little"
+    )
     assert waits_s > 1.0
     for before, line_s in ((Work.of(8192, 0), RATES.prefill_s(Work.of(8192, 0))), (Work.of(400_000, 0), 1e9)):
         ahead = Ahead.of(replace(full, queued=before, head=before), RATES)
