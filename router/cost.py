@@ -127,6 +127,7 @@ class Ahead(msgspec.Struct, frozen=True, gc=False):
 
         The step in progress has the prompts in line, as far as a step goes. One that takes up to twice as long as
         expected says nothing: rates are means. What took longer still will go on like that, as far as anybody knows.
+        Counted from the engine's last report on: a head that waits for KV memory is not slow, and looks the same.
         """
         head, begun_s = self.load.head, now - self.load.head_at
         if not head.tokens or begun_s <= 2.0 * self.head_s:  # others' prompts: nobody knows since when

@@ -39,7 +39,12 @@ class Rates:
         self._loads = dict(LOAD)
 
     def follow(self, kind: "Rates") -> None:
-        """This worker is one of this kind, which is told all that is observed of it."""
+        """This worker is one of this kind, which is told all that is observed of it. What it did as one of another kind
+        is forgotten."""
+        if self.kind is kind:
+            return
+        if self.kind is not None:
+            self.prefill, self.decode, self._answers = Regression(PREFILL), Regression(DECODE), 0
         self.kind = kind
         self.prefill.like, self.decode.like = kind.prefill, kind.decode
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvd.brief import Brief, Briefs, Emptied, Gone, Kept, first_frame
 from kvd.errors import PeerError
 from kvd.sglang_events import END, Cleared, Removed, seq_frame
-from kvd.wire import TOPIC, Head, Source, pack_hashes
+from kvd.wire import TOPIC, Head, Source, Speed, pack_hashes
 from tests.publisher_model import removed, stored
 
 HEAD = Head("n", 5, Source("http://w", 1))
@@ -85,6 +85,20 @@ def test_a_workers_own_publisher_is_no_nodes_stream(first: bytes) -> None:
 def test_a_change_that_cannot_be_read_is_not_skipped(change: object) -> None:
     with pytest.raises(PeerError):
         Briefs().read(frames(TOPIC + pack([pack({"node": "n", "epoch": 5, "source": {}}), [[2, None], change]])))
+
+
+@pytest.mark.parametrize(
+    "speeds", [[["DISK", 0.0, 0.1]], [["DISK", float("nan"), 0.1]], [["DISK", 1e9, -1.0]], [["DISK", 1e9, 0.1]] * 17]
+)
+def test_speeds_that_cannot_be_and_too_many_are_refused(speeds: object) -> None:
+    def said(speeds: object) -> list[bytes]:
+        return frames(TOPIC + pack([pack({"node": "n", "epoch": 5, "source": {"speeds": speeds}}), []]))
+
+    message = Briefs().read(said([["DISK", 1e9, 0.1]]))
+    assert message is not None
+    assert message[1].head.source.speeds == (Speed("DISK", 1e9, 0.1),)
+    with pytest.raises(PeerError):
+        Briefs().read(said(speeds))
 
 
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda cut: FIRST[3 : 3 + len(cut)] + cut)))

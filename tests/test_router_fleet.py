@@ -30,11 +30,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 EVENTS = {"kv_events": {"endpoint_port_base": 1, "block_size": 16, "dp_size": 1}}
 
 
+def memory(gib: float) -> dict[str, object]:
+    return {"internal_states": [{"memory_usage": {"kvcache": gib, "token_capacity": 40_000}}]}
+
+
 def test_a_worker_with_the_same_tokens_has_a_manner_and_others_say_why_not(model: Path, tmp_path: Path) -> None:
     info = describes(model, **EVENTS)
     with (
-        MockWorker(info=info, model=str(model)) as equal,
-        MockWorker(info=info, model=str(model)) as alike,
+        MockWorker(info=info | memory(35.12), model=str(model)) as equal,
+        MockWorker(info=info | memory(35.13), model=str(model)) as alike,
         MockWorker(info=info, model=str(model), other_tokens=True) as other,
         MockWorker(info=describes(model), model=str(model)) as silent,
         MockWorker(info=info | {"speculative_algorithm": "EAGLE3"}, model=str(model)) as pairs,
@@ -48,6 +52,9 @@ def test_a_worker_with_the_same_tokens_has_a_manner_and_others_say_why_not(model
         assert fleet.manner(equal.url).scheme.page_tokens == 16  # type: ignore[union-attr]
         assert fleet.rates(equal.url) is not fleet.rates(alike.url)
         assert fleet.rates(equal.url).chunk_tokens == 512
+        one, two = fleet.rates(equal.url), fleet.rates(alike.url)
+        assert one.token_bytes != two.token_bytes, "they had not the same memory left when they started"
+        assert one.kind is two.kind is not None, "and are as fast all the same"
         world.until(lambda: world.view(other.url).parity == "differs")
         assert (world.view(other.url).credit, fleet.manner(other.url)) == (False, None)
         assert world.view(other.url).why.startswith("plain text from ")

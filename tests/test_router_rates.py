@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvd.router.rates import DECODE, PREFILL, Rates
+from kvd.router.rates import ANSWER_TOKENS, DECODE, PREFILL, Rates
 from kvd.router.regression import Regression
 from kvd.router.work import Work
 
@@ -88,6 +88,20 @@ def test_a_worker_that_nothing_is_known_of_is_as_fast_as_its_kind() -> None:
     assert new.prefill_s(work) == pytest.approx(slow / 10, rel=0.01), "what is known of itself comes first"
     assert known.prefill_s(work) == pytest.approx(slow, rel=0.01), "and is its own"
     assert (new.answer_tokens, known.answer_tokens, kind.answer_tokens) == (99, 9, 54)
+
+
+def test_what_was_done_as_another_kind_says_nothing() -> None:
+    rates, old, new = Rates(), Rates(), Rates()
+    rates.follow(old)
+    work = Work.of(1000, 0)
+    rates.prefilled(work, 9.0)
+    rates.answered(5)
+    rates.follow(old)
+    assert rates.prefill_s(work) == pytest.approx(9.0, rel=0.01), "it is still the same kind"
+    rates.follow(new)
+    assert (rates.prefill_s(work), rates.answer_tokens) == (Rates().prefill_s(work), ANSWER_TOKENS)
+    rates.prefilled(work, 3.0)
+    assert (old.prefill.observed, new.prefill.observed) == (1, 1)
 
 
 def test_workers_of_a_kind_are_alike_unless_one_is_much_slower() -> None:

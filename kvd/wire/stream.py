@@ -30,6 +30,7 @@ from kvd.wire.base import Message
 TOPIC: Final = b"kvd"
 RAM, NVME, SHARED = "CPU_TIER1", "DISK", "EXTERNAL"  # media of kvd's tiers; SGLang's are GPU and CPU_PINNED
 PART_BLOCKS: Final = 4096
+MOST_SPEEDS: Final = 16  # tiers of a node that say how fast they are
 
 Hash = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Run = tuple[Hash | None, bytes]
@@ -58,7 +59,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     block_tokens: int = 0  # 0: not known yet
     life: str = ""  # of a worker: see kvd.sglang_info
     workers: tuple[str, ...] = ()  # of a namespace: URLs of the workers that are attached with it
-    speeds: tuple[Speed, ...] = ()
+    speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=MOST_SPEEDS)] = ()
 
 
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):

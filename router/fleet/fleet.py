@@ -37,7 +37,7 @@ _TICK_S: Final = 0.1
 _LOOK_S: Final = 1.0
 _TIERS: Final = {wire.NVME: "nvme", wire.SHARED: "shared"}  # whose speed nodes tell, as rates call them
 _SOON: Final = "it is known from the next look on, a moment from now"
-_Kind = tuple[str, int, int]  # model, bytes of a token's KV, most tokens of a prefill step
+_Kind = tuple[str, int]  # model, most tokens of a prefill step: what else makes one faster is a factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,8 @@ class Fleet:
             {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
         )
         self._names, self._manner_of = {}, {}
-        kinds, self._kinds = self._kinds, {}
+        followed = {id(entry.rates.kind) for entry in there.values()}
+        self._kinds = {kind: rates for kind, rates in self._kinds.items() if id(rates) in followed}
         credited: dict[Manner, dict[str, Member]] = {}
         most: dict[tuple[str, str], int] = {}
         for name, entry in there.items():
@@ -187,8 +188,7 @@ class Fleet:
             if (one := told.get(name)) is None:
                 continue
             entry.rates.token_bytes, entry.rates.chunk_tokens = one.token_bytes, one.chunk_tokens
-            kind = (one.serving.model_path, one.token_bytes, one.chunk_tokens)
-            entry.rates.follow(self._kinds.setdefault(kind, kinds.get(kind) or Rates()))
+            entry.rates.follow(self._kinds.setdefault((one.serving.model_path, one.chunk_tokens), Rates()))
             for called in one.names():
                 self._names.setdefault(called, set()).add(name)
             if (member := entry.link.member) is None:
