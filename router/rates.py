@@ -39,8 +39,10 @@ class Rates:
         self._loads = dict(LOAD)
 
     def follow(self, kind: "Rates") -> None:
-        """This worker is one of this kind, which is told all that is observed of it. What it did as one of another kind
-        is forgotten."""
+        """This worker is one of this kind, which is told all that is observed of it.
+
+        What it did as one of another kind is forgotten.
+        """
         if self.kind is kind:
             return
         if self.kind is not None:

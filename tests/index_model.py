@@ -1,6 +1,6 @@
 """The plainest index there could be: a set of hashes for each holder."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 
 class SetIndex:
@@ -25,3 +25,8 @@ class SetIndex:
 
     def clear(self, holder: int) -> None:
         self.held.pop(holder, None)
+
+
+def leading(held: Container[int], chain: Sequence[int]) -> int:
+    """How many blocks of a chain are held from the first on."""
+    return next((at for at, block in enumerate(chain) if block not in held), len(chain))

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from kvd.router.policies.named import POLICIES
 from kvd.router.rates import Rates
 from kvd.router.steering import Choice, Incoming, Outcome, Worker
 from kvd.router.tokens.blocks import Scheme
+from kvd.router.tokens.encode import Encoder
 from kvd.router.tokens.requests import GENERATE, Tokeniser
 from kvd.router.tokens.serving import Serving
+from tests import router_models
 
 PAGE = 16
 T = TypeVar("T")
@@ -59,8 +62,24 @@ class Table:
         return self.rate
 
 
-def manner_of(model: Path) -> Manner:
-    return Manner(Tokeniser.open(model, Serving()), Scheme(PAGE))
+@contextmanager
+def open_manner(folder: Path) -> Iterator[Manner]:
+    """A tokenizer of bytes, in blocks of PAGE tokens."""
+    model = router_models.folder(folder, router_models.with_special(router_models.byte_level()))
+    found = Manner(Tokeniser.open(model, Serving()), Scheme(PAGE))
+    asyncio.run(_start_threads(found.tokeniser.encoder))  # they are no test's own
+    yield found
+    found.tokeniser.close()
+
+
+async def _start_threads(encoder: Encoder) -> None:
+    await asyncio.gather(*(encoder.encode_soon(f"{number} words" * 10_000) for number in range(2)))
+
+
+def chain(table: Table, prompt: list[int]) -> list[int]:
+    manner = table.manners["w0"]
+    assert manner is not None
+    return manner.tokeniser.hashes(manner.tokeniser.tokenise(GENERATE, {"input_ids": prompt})[0], manner.scheme)
 
 
 def steering(
