@@ -111,6 +111,15 @@ def sglang_router(ports: Sequence[int], folder: Path, policy: str) -> Iterator[R
 
 
 @contextmanager
+def bare(ports: Sequence[int], folder: Path) -> Iterator[Running]:
+    """What a router in Python costs before it decides anything."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "_http_bare.py"), str(port), *map(str, ports)]
+    with _started("bare uvloop", command, port, "/", folder) as running:
+        yield running
+
+
+@contextmanager
 def nginx(ports: Sequence[int], folder: Path) -> Iterator[Running]:
     program = shutil.which("nginx")
     if program is None:

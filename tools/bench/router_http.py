@@ -15,14 +15,15 @@ All get the same requests; no two are the same, and what they share is what real
 kvd-router steers by exact tokens and by what its workers hold: it has a real kvd's stream of their events, and every
 worker's credit (see _http_fleet.py). That this was so for every request is asserted after each load. It has workers of
 its own for that. "load alone" is kvd-router without tokens, whose workers publish no events, as all others' do. Ratios
-are kvd-router, with tokens, over sglang-router cache aware.
+are kvd-router, with tokens, over sglang-router cache aware. "bare uvloop" passes bytes on and does nothing else
+(_http_bare.py): with what it takes, a router on that loop would decide at no cost.
 """
 
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tools.bench._http import Measured, Running, Tools, direct, kvd_router, load, mocks, nginx, sglang_router
+from tools.bench._http import Measured, Running, Tools, bare, direct, kvd_router, load, mocks, nginx, sglang_router
 from tools.bench._http_chats import Chats, written
 from tools.bench._http_fleet import BLOCK_TOKENS, await_credit, credited, matched
 from tools.bench._kvd import scratch
@@ -31,11 +32,13 @@ from tools.bench._table import Options, Run, Samples, Table, finish, interleave,
 from tools.bench._texts import model_folder, source
 
 OURS, ALONE, THEIRS = "kvd-router", "kvd-router, load alone", "sglang-router cache_aware"
+BARE = "bare uvloop"  # nothing but the loop and the parser
 PEERS = {
     ALONE: partial(kvd_router, name=ALONE),
     "sglang-router round_robin": partial(sglang_router, policy="round_robin"),
     THEIRS: partial(sglang_router, policy="cache_aware"),
     "nginx": nginx,
+    BARE: bare,
 }
 LOADS = {"1 KiB, 1": 1, "1 KiB, 64": 64, "32 KiB, 32": 32, "SSE": 32, "100/s x 64": 64}
 
