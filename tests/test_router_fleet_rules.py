@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from kvd import sglang_info, wire
 from kvd.daemon.discovery import identity
@@ -46,6 +47,7 @@ def test_a_worker_is_linked_by_what_it_states_whatever_its_url_is() -> None:
         ({ONE: Stated("x", 16), OTHER: Stated("x", 16)}, [source("x")], "another worker states the same"),
         ({ONE: Stated("x", 16)}, [source("y"), PAGES], "no node tells of its blocks"),
         ({ONE: Stated("x", 16)}, [source("x", tokens=64)], "its node takes its blocks for 64 tokens, not 16"),
+        ({ONE: Stated("x", 16)}, [replace(source("x"), strange=True)], "name blocks otherwise"),
     ],
 )
 def test_what_is_not_certain_is_not_linked_and_says_why(stated: dict[str, Stated], sources: Any, why: str) -> None:

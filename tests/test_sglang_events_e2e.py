@@ -49,6 +49,7 @@ def test_a_router_knows_exactly_what_a_real_worker_and_kvd_hold() -> None:
             router.until(lambda: asked <= set(router.held(medium=wire.RAM)), 60)
             assert len(router.held(medium=wire.RAM)) == pages_held(kvd)
             assert router.view.sources[url, 0, ""].source.block_tokens == PAGE_TOKENS
+            assert not router.view.sources[url, 0, ""].source.strange
             told = json.loads(server.request("GET", "/server_info"))
             assert router.view.sources[url, 0, ""].source.life == sglang_info.life(told) != ""
             kept = [known.source for known in router.view.sources.values() if known.source.pool == "kv"]

@@ -14,6 +14,7 @@ import zmq
 from kvd import wire
 from kvd.daemon.discovery import Address
 from kvd.daemon.mirror import UNREADABLE, Blocks, Mirror
+from kvd.daemon.rootnames import RootNames
 from kvd.errors import PeerError
 from kvd.pump import Pump
 from kvd.sglang_events import MAX_BATCH_BYTES, AnyEvent, Batch, decode, read_frames, seq_frame
@@ -36,6 +37,7 @@ class Publisher:
         self.source = wire.Source(url, at.rank, block_tokens=at.block_tokens, life=life)
         self.mirror = Mirror(most_blocks)
         self.broke = False
+        self._names = RootNames()
         self._say = say
         self._said = ""
         self._context = context
@@ -62,7 +64,8 @@ class Publisher:
     def lives(self, life: str) -> None:
         """Which life of the worker this is: see kvd.sglang_info."""
         if life != self.source.life:
-            self.source = msgspec.structs.replace(self.source, life=life)
+            self._names = RootNames()
+            self.source = msgspec.structs.replace(self.source, life=life, strange=False)
             self._say(self.source, [], self.mirror.why)
 
     def tick(self, now: float) -> None:
@@ -136,6 +139,13 @@ class Publisher:
             return (seq, UNREADABLE) if seq >= 0 else None
 
     def _tell(self, changed: list[AnyEvent]) -> None:
+        self._names.look(changed)
+        if self._names.strange and not self.source.strange:
+            log.error(
+                "%s rank %d names blocks otherwise than this kvd knows: no router will find them by their tokens",
+                self.source.worker, self.source.rank,
+            )  # fmt: skip
+            self.source = msgspec.structs.replace(self.source, strange=True)
         if changed or self._said != self.mirror.why:
             self._said = self.mirror.why
             self._say(self.source, changed, self._said)

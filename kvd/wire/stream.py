@@ -58,6 +58,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str = ""
     block_tokens: int = 0  # 0: not known yet
     life: str = ""  # of a worker: see kvd.sglang_info
+    strange: bool = False  # of a worker: it names its blocks otherwise than by kvd.pages
     workers: tuple[str, ...] = ()  # of a namespace: URLs of the workers that are attached with it
     speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=MOST_SPEEDS)] = ()
 

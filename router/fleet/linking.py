@@ -5,7 +5,8 @@ knows its workers as 127.0.0.1, and so does every other node. A worker is credit
 says that its plugin is attached with a namespace of theirs.
 
 No credit, and a reason, where it is not certain: a worker whose life is also another worker's, or that names none; one
-that no node tells of; a model with side pools, of which a hit needs more than the KV pages that are told of.
+that no node tells of, or that names its blocks otherwise; a model with side pools, of which a hit needs more than the
+KV pages that are told of.
 """
 
 import functools
@@ -68,6 +69,11 @@ def _link(
     node, source = told
     if source.block_tokens not in (0, stated.block_tokens):
         return Link(None, f"its node takes its blocks for {source.block_tokens} tokens, not {stated.block_tokens}")
+    if source.strange:
+        return Link(
+            None, "its events name blocks otherwise than their tokens tell",
+            "does this kvd know that release of SGLang? its README says which",
+        )  # fmt: skip
     mine = pages.get((node, source.worker), [])
     if any(one.pool != _KV for one in mine):
         mine = []

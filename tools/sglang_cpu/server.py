@@ -33,7 +33,7 @@ from tools.sglang_cpu import session
 from tools.sglang_cpu.endpoint import HOST, Endpoint, RequestRefused
 from tools.sglang_cpu.session import bury, shared_memory_of
 
-PORTS = range(20_000, 32_000)  # below the kernel's ephemeral range: nobody's client socket takes one
+PORTS = range(16_000, 22_000)  # nobody else draws these: SGLang does from there on, and the kernel from 32,768 on
 
 # Layout and io backend go together; these are the pairs the CPU platform has copies for.
 LAYOUTS = (
