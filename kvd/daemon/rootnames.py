@@ -1,7 +1,7 @@
 """Whether a publisher names its blocks as we do: a release that hashes otherwise would never be matched. Pure.
 
 The name of a prompt's first block follows from its tokens alone, where the event says neither salt nor adapter: some
-are computed here once more (kvd.pages). One that is right settles it; `_ENOUGH` wrong ones before it make the publisher
+are computed once more (kvd.pages). One that is right settles it; `_ENOUGH` wrong ones before it make the publisher
 a stranger, whose blocks nobody can find by tokens. What cannot be told settles nothing.
 """
 
