@@ -84,7 +84,7 @@ class Informed(LeastBusy):
 
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
         if not request.routed:
-            return await super().choose(request, tried)
+            return await self._choose(Asked(request, tried, request.model))
         prompt = await self.prompts.of(request, list(self._loads))
         return await self._choose(Asked(request, tried, prompt.model, prompt))
 

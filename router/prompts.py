@@ -64,8 +64,7 @@ class Prompts:
         """Never raises for what is in the request; may be cancelled."""
         body = request.json
         told: dict[str, Any] = body if isinstance(body, dict) else {}
-        named = told.get("model")
-        model = named if isinstance(named, str) else None
+        model = request.model
         made: dict[Manner, list[Tokenised]] = {}
         chains: _Chains = {}
         stored: _Chains = {}

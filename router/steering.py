@@ -77,6 +77,13 @@ class Incoming(msgspec.Struct):
                 self._json = None
         return self._json
 
+    @property
+    def model(self) -> str | None:
+        """What its body calls the model that it is for."""
+        body = self.json
+        named = body.get("model") if isinstance(body, dict) else None
+        return named if isinstance(named, str) else None
+
 
 class Choice(msgspec.Struct, frozen=True):
     """One worker for one request. `note` is the steering's own business."""

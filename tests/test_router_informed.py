@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvd.router.knowledge import Manner
@@ -125,6 +126,8 @@ def test_a_request_goes_where_its_model_is(table: Table) -> None:
         large = await steered.choose(ask(ids(50), model="large"), NONE)
         assert large.worker.name == "w1", "nobody waits behind those who wait for others"
         steered.finished(large, "answered", 101.0)
+        counts = msgspec.structs.replace(ask([], model="small"), path="/tokenize", routed=False)
+        assert (await steered.choose(counts, NONE)).worker.name == "w0", "another model's tokenizer counts otherwise"
         unknown = await steered.choose(ask(ids(50), model="other"), NONE)
         assert unknown.worker.name == "w1", "any worker says that it has no such model"
         with pytest.raises(Busy):

@@ -63,7 +63,8 @@ async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
 
 async def count_tokens(house: "House", request: Incoming, text: str, tried: frozenset[str]) -> int | None:
     """Tokens of a text, as a worker counts them; None where none says. `request`: for whom it is asked."""
-    body = msgspec.json.encode({"prompt": text, "add_special_tokens": False})
+    named = {} if request.model is None else {"model": request.model}  # another model's tokens are others
+    body = msgspec.json.encode({**named, "prompt": text, "add_special_tokens": False})
     question = msgspec.structs.replace(
         request, method="POST", path="/tokenize", body=body, routed=False, _json=msgspec.UNSET
     )
