@@ -33,6 +33,7 @@ from kvd.router.usage import Usage
 from kvd.router.work import Request
 
 _NOTHING = Matched()
+_LOOKED_AT_BYTES = 1 << 20  # of a request that is not steered: more may be anything, and decoding holds others up
 _TURNS = 4  # ticks from learning to learning: a second
 
 
@@ -84,7 +85,8 @@ class Informed(LeastBusy):
 
     async def choose(self, request: Incoming, tried: frozenset[str]) -> Choice:
         if not request.routed:
-            return await self._choose(Asked(request, tried, request.model))
+            small = len(request.body) <= _LOOKED_AT_BYTES
+            return await self._choose(Asked(request, tried, request.model if small else None))
         prompt = await self.prompts.of(request, list(self._loads))
         return await self._choose(Asked(request, tried, prompt.model, prompt))
 

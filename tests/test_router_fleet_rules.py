@@ -56,6 +56,11 @@ def test_what_is_not_certain_is_not_linked_and_says_why(stated: dict[str, Stated
         assert why in link.why
 
 
+def test_names_that_depend_on_what_is_not_told_are_nobodys_fault() -> None:
+    strange = {"n": [replace(source("x"), strange=True)]}
+    assert links({ONE: Stated("x", 16, "dynamo")}, strange)[ONE].member == Member("n", HERE, 16, frozenset())
+
+
 def test_namespaces_count_for_those_who_are_attached_with_them_and_need_no_more() -> None:
     def namespaces(*pages: wire.Source) -> frozenset[str]:
         member = links({ONE: Stated("x", 16)}, {"n": [source("x"), *pages]})[ONE].member

@@ -173,7 +173,7 @@ class Fleet:
         there = {entry.name: entry for entry in self._members if entry.admitted}
         told = {name: entry.watch.told for name, entry in there.items() if entry.watch.told is not None}
         found = links(
-            {name: Stated(one.life, one.block_tokens) for name, one in told.items()},
+            {name: Stated(one.life, one.block_tokens, one.format) for name, one in told.items()},
             {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
         )
         self._names, self._manner_of = {}, {}

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from kvd import wire
 from kvd.router.matching import Member
+from kvd.router.tokens.blocks import Format
 
 _KV: Final = "kv"
 _HOST: Final = re.compile(r"[0-9A-Za-z._:-]{1,253}")
@@ -29,6 +30,7 @@ class Stated(NamedTuple):
 
     life: str
     block_tokens: int
+    format: Format = "default"
 
 
 class Link(NamedTuple):
@@ -69,7 +71,7 @@ def _link(
     node, source = told
     if source.block_tokens not in (0, stated.block_tokens):
         return Link(None, f"its node takes its blocks for {source.block_tokens} tokens, not {stated.block_tokens}")
-    if source.strange:
+    if source.strange and stated.format == "default":  # in the other one names depend on what events do not say
         return Link(
             None, "its events name blocks otherwise than their tokens tell",
             "does this kvd know that release of SGLang? its README says which",
