@@ -4,7 +4,7 @@
 
 It imports nothing of kvd: what it sends is written down here once more. Orders: {"do": "store" | "remove" | "clear",
 ..., "rank": 0, "lose": false, "block": 4}; "lose" takes a number and is remembered for replays, but is not published;
-"block" is how many tokens one has.
+"block" is how many tokens one has, "tokens" all of them.
 {"do": "fill", "blocks": n, "chain": m}: n blocks in chains of m, for benchmarks.
 """
 
@@ -65,7 +65,8 @@ def fill(publisher: Rank, blocks: int, chain: int) -> None:
 
 def event_of(order: dict[str, Any], shape: str) -> Any:
     hashes, medium, block = order.get("hashes", []), order.get("medium", "GPU"), order.get("block", BLOCK)
-    stored = [hashes, order.get("parent"), [7] * (block * len(hashes)), block, None, medium]
+    tokens = order.get("tokens", [7] * (block * len(hashes)))
+    stored = [hashes, order.get("parent"), tokens, block, None, medium]
     if shape == "array":
         rows = {"store": ["BlockStored", *stored], "remove": ["BlockRemoved", hashes, medium]}
         return rows.get(order["do"], ["AllBlocksCleared"])

@@ -56,7 +56,8 @@ def credited(tools: Tools, folder: Path, model: Path, held: Sequence[Conversatio
             table.write_bytes(b"GET /server_info\t\t%b\n" % msgspec.json.encode(info) + asked)
             stack.enter_context(mock(tools, port, table))
         for number, conversation in enumerate(held):
-            publishers[number % WORKERS].do("store", *_known(tokeniser, told, conversation), block=BLOCK_TOKENS)
+            hashes, ids = _known(tokeniser, told, conversation)
+            publishers[number % WORKERS].do("store", *hashes, block=BLOCK_TOKENS, tokens=ids)
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         _, at = stack.enter_context(node(*urls))
         yield Fleet(ports, at.events, tokeniser.encoder.backend.name)
@@ -116,14 +117,13 @@ def _canaries(tokeniser: Tokeniser) -> bytes:
     )
 
 
-def _known(tokeniser: Tokeniser, told: Told, conversation: Conversation) -> list[int]:
-    """Hashes of the blocks that its first request has whatever its number is."""
-    one, other = (
-        tokeniser.hashes(tokeniser.tokenise(CHAT, begun(conversation[0], number))[0], told.scheme)
-        for number in (0, (1 << 64) - 1)
-    )
+def _known(tokeniser: Tokeniser, told: Told, conversation: Conversation) -> tuple[list[int], list[int]]:
+    """Hashes and tokens of the blocks that its first request has whatever its number is."""
+    prompt, same = (tokeniser.tokenise(CHAT, begun(conversation[0], number))[0] for number in (0, (1 << 64) - 1))
+    one, other = tokeniser.hashes(prompt, told.scheme), tokeniser.hashes(same, told.scheme)
     pairs = zip(one, other, strict=False)
-    return one[: next((at for at, (mine, its) in enumerate(pairs) if mine != its), len(one))]
+    blocks = next((at for at, (mine, its) in enumerate(pairs) if mine != its), len(one))
+    return one[:blocks], list(prompt.ids or ())[: blocks * BLOCK_TOKENS]
 
 
 def _page(router: Running, name: str) -> dict[str, Any]:
