@@ -28,7 +28,7 @@ from tools.sglang_cpu.endpoint import Endpoint, Generation
 
 DATA = ROOT.parent / "shared/data/agentic/miniswe.jsonl.gz"
 WORKERS, CLIENTS = 4, 6
-SESSIONS, QUICK_SESSIONS = 12, 6
+SESSIONS, QUICK_SESSIONS = 8, 6
 CALLS, QUICK_CALLS = 6, 3
 LONGEST = 4000  # characters, some 1,100 tokens
 ANSWER_TOKENS = 8
