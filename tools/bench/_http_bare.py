@@ -54,10 +54,17 @@ class _Upstream(asyncio.Protocol):
         if self._whole:
             self._whole, self.client = False, None
             self._pool.idle.append(self)
-        client.transport.write(data)
+        if not client.transport.is_closing():
+            client.transport.write(data)
 
     def on_message_complete(self) -> None:
         self._whole = True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self._pool.idle:
+            self._pool.idle.remove(self)
+        if self.client is not None:
+            self.client.transport.close()
 
 
 class _Pool:
