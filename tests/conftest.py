@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvd.router.knowledge import Manner
 from tests.harness import ARENAS, Daemon, PluginProcess, eventually
+from tests.router_world import Table, open_manner
 
 collect_ignore_glob: list[str] = []
 
@@ -118,3 +120,16 @@ def there(tmp_path: Path) -> Iterator[Daemon]:
     """The other."""
     with Daemon(tmp_path / "there") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def manner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manner]:
+    """How workers of one small model make prompts and name blocks."""
+    with open_manner(tmp_path_factory.mktemp("m")) as found:
+        yield found
+
+
+@pytest.fixture
+def table(manner: Manner) -> Table:
+    """What a router knows of two workers of that model."""
+    return Table(["w0", "w1"], manner)

@@ -21,6 +21,7 @@ from kvd.router.tokens.serving import Serving
 from tests import router_models
 
 PAGE = 16
+NONE: frozenset[str] = frozenset()  # of the workers that were asked before
 T = TypeVar("T")
 
 

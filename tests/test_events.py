@@ -67,13 +67,14 @@ def test_a_workers_lost_events_and_its_restart_heal_by_themselves() -> None:
 
 def test_a_worker_that_names_blocks_otherwise_is_told_of_as_a_stranger() -> None:
     """Ours does: its hashes are its orders', not its tokens'."""
-    with ScriptedWorker() as worker, node(worker) as (_, endpoint), Router(endpoint) as router:
+    with ScriptedWorker() as worker, node(worker) as (kvd, endpoint), Router(endpoint) as router:
         worker.do("store", 1)
         router.until(lambda: router.held(worker.url) == {1: None})
         assert not router.view.sources[worker.url, 0, ""].source.strange
         for n in range(2, 10):
             worker.do("store", n)
         router.until(lambda: router.view.sources[worker.url, 0, ""].source.strange)
+        router.until(lambda: kvd.status().counters.get("event_publishers_strange") == 1)
         assert not router.source_why(worker.url), "what it holds is known all the same"
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from kvd.router.tokens.blocks import Scheme, hashes
 from kvd.router.tokens.outcome import Namespace
 from kvd.router.tokens.requests import CHAT, COMPLETIONS, GENERATE, Tokenised
 from tests.router_world import (
+    NONE,
     PAGE,
     Table,
     answer,
@@ -25,25 +25,9 @@ from tests.router_world import (
     ids,
     incoming,
     life,
-    open_manner,
     play,
     steering,
 )
-
-NONE: frozenset[str] = frozenset()
-SCHEME = Scheme(PAGE)
-
-
-@pytest.fixture(scope="module")
-def manner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manner]:
-    with open_manner(tmp_path_factory.mktemp("m")) as found:
-        yield found
-
-
-@pytest.fixture
-def table(manner: Manner) -> Table:
-    return Table(["w0", "w1"], manner)
-
 
 # -- who gets it ------------------------------------------------------------------------------------------
 

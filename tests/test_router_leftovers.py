@@ -1,7 +1,6 @@
 """Steering by knowledge leaves nothing behind: behind the real proxy, after any course, after a million requests."""
 
 import asyncio
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -24,6 +23,7 @@ from kvd.router.tokens.requests import GENERATE
 from tests import told_router
 from tests.router_harness import MockWorker, post
 from tests.router_world import (
+    NONE,
     PAGE,
     Table,
     ask,
@@ -32,25 +32,12 @@ from tests.router_world import (
     event,
     ids,
     incoming,
-    open_manner,
     play,
     steering,
     whole,
 )
 
-NONE: frozenset[str] = frozenset()
 SCHEME = Scheme(PAGE)
-
-
-@pytest.fixture(scope="module")
-def manner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manner]:
-    with open_manner(tmp_path_factory.mktemp("m")) as found:
-        yield found
-
-
-@pytest.fixture
-def table(manner: Manner) -> Table:
-    return Table(["w0", "w1"], manner)
 
 
 # -- behind the real proxy --------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 """Steering by knowledge: what becomes of a request, and what is learnt from its answer."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
-from kvd.router.knowledge import Manner
-from kvd.router.tokens.blocks import Scheme
 from tests.router_world import (
-    PAGE,
+    NONE,
     Table,
     answer,
     ask,
@@ -18,26 +15,10 @@ from tests.router_world import (
     ids,
     incoming,
     life,
-    open_manner,
     play,
     steering,
     whole,
 )
-
-NONE: frozenset[str] = frozenset()
-SCHEME = Scheme(PAGE)
-
-
-@pytest.fixture(scope="module")
-def manner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manner]:
-    with open_manner(tmp_path_factory.mktemp("m")) as found:
-        yield found
-
-
-@pytest.fixture
-def table(manner: Manner) -> Table:
-    return Table(["w0", "w1"], manner)
-
 
 # -- what becomes of it -----------------------------------------------------------------------------------
 

@@ -209,6 +209,9 @@ STREAMS = {
 }  # fmt: skip
 
 
+COUNTED = {"chat", "chat with usage", "completions"}  # whose events do not say how many tokens they bring
+
+
 def comparable(events: list[Any]) -> list[Any]:
     """Without the names of processes; streams of one answer must name one."""
     names = {event.get("id") or event["meta_info"]["id"] for event in events if isinstance(event, dict)}
@@ -224,6 +227,8 @@ def test_a_stream_goes_on_when_its_worker_breaks_off(router: Router, workers: Pa
     next_one(workers).set(die_after=5, torn=torn)
     assert comparable(ask(router, path, body)) == expected
     assert all(worker.requests for worker in workers)
+    counts = [json.loads(one["body"]) for each in workers for one in each.requests if one["target"] == "/tokenize"]
+    assert [count.get("model") for count in counts] == [body.get("model")] * (name in COUNTED), "by its own tokens"
 
 
 def next_one(workers: Pair) -> MockWorker:

@@ -9,6 +9,7 @@ computed slows down all of them: times are worse than on machines of their own, 
 
 "kvd + tiers" is the default policy with kvd behind the workers' HiCache; in the other rows kvd only tells what they
 hold. `ttft_vs_random`, `ttft_vs_round_robin`, `ttft_vs_cache_aware`...: mean time of theirs by that of policy kvd.
+All of it takes more than half an hour.
 """
 
 import gzip
