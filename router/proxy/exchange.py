@@ -197,8 +197,8 @@ class Exchange:
             body = self._stream.take(body, whole)
         out = begun + self._answer.body(body) if begun else self._answer.body(body)
         if whole:
+            self._complete(out)  # first: what is learnt from it no client need wait for
             self._finish("answered")
-            self._complete(out)
         elif out:
             self._client.write(out)
 
