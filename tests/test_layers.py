@@ -29,7 +29,7 @@ PURE = (
     "kvd.router.tokens.outcome", "kvd.router.tokens.blocks", "kvd.router.tokens.chat", "kvd.router.tokens.toolschema",
     "kvd.router.tokens.anthropic", "kvd.router.tokens.responses", "kvd.router.tokens.serving",
     "kvd.router.tokens.cuts", "kvd.router.tokens.digits", "kvd.router.tokens.turns",
-    "kvd.router.tokens.parity",
+    "kvd.router.tokens.values", "kvd.router.tokens.parity",
     "kvd.ctl.simulate.routing.engine", "kvd.ctl.simulate.routing.radix", "kvd.ctl.simulate.routing.worker",
     "kvd.ctl.simulate.routing.spread", "kvd.ctl.simulate.routing.fleet", "kvd.ctl.simulate.routing.measure",
     "kvd.router.work", "kvd.router.regression", "kvd.router.rates", "kvd.router.load",

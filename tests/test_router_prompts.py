@@ -66,6 +66,10 @@ def respond(items: Any, **more: Any) -> Case:
     return RESPONSES, {"input": items, **more}
 
 
+def _call(arguments: Any) -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 def block(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": kind, **fields}
 
@@ -74,6 +78,9 @@ USE = block("tool_use", id="t1", name="get_weather", input={"city": "Köln", "de
 A_TOOL = {"name": "get_weather", "input_schema": {"properties": {"city": {"type": "string"}}}}
 R_TOOL = {"type": "function", "name": "get_weather", "description": "x", "parameters": {"type": "object"}}
 R_CALL = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Köln"}', "id": "fc"}
+
+R_NOW = {"type": "function", "name": "now"}
+BEYOND = 1 << 64  # the least integer that orjson reads as a float
 
 CASES: list[Case] = [
     chat(user("Hi")),
@@ -192,6 +199,34 @@ CASES: list[Case] = [
     respond("x", reasoning={"effort": "none"}),
     respond("x", reasoning={"effort": "high"}),
     respond("x", tools=[R_TOOL], tool_choice="required"),
+    # Integers that the worker reads as floats
+    chat(user("x"), assistant(None, tool_calls=[_call(f'{{"n": {BEYOND}, "m": [{BEYOND - 1}]}}')]), user("y")),
+    chat(user("x"), assistant(None, tool_calls=[_call({"n": {"deep": [-BEYOND, 1]}})]), user("y")),
+    chat(user("x"), tools=[{"type": "function", "function": {"name": "f", "parameters": {"maximum": BEYOND}}}]),
+    chat(user("x"), chat_template_kwargs={"color": 10 * BEYOND}),
+    anthropic(user("x"), assistant([{**USE, "input": {"n": BEYOND}}]), user("y")),
+    anthropic(user("x"), tools=[{**A_TOOL, "input_schema": {"maximum": BEYOND}}]),
+    respond([user("x"), {**R_CALL, "arguments": f'{{"n": {BEYOND}}}'}]),
+    respond([user("x"), {**R_CALL, "arguments": {"n": BEYOND}}]),
+    # How much to think, and the family of templates that has a switch for little
+    chat(user("x"), reasoning_effort="low"),
+    chat(user("x"), reasoning_effort="low", chat_template_kwargs={"low_effort": False}),
+    chat(user("x"), reasoning_effort="high", chat_template_kwargs={"reasoning_effort": "low"}),
+    chat(user("x"), reasoning_effort="high", chat_template_kwargs={"reasoning_effort": None}),
+    anthropic(user("x"), output_config={"effort": "low"}),
+    respond("x", reasoning={"effort": "low"}),
+    respond("x", reasoning={"effort": "low"}, chat_template_kwargs={"reasoning_effort": "high"}),
+    respond("x", reasoning={"effort": "high"}, chat_template_kwargs={"reasoning_effort": "low"}),
+    respond("x", reasoning={"effort": "high"}, chat_template_kwargs={"reasoning_effort": None}),
+    respond("x", chat_template_kwargs={"reasoning_effort": "low"}),
+    respond("x", reasoning={"reasoning_effort": "none"}),
+    respond("x", reasoning={"effort": None, "reasoning_effort": "none"}),
+    respond("x", reasoning={"reasoning_effort": "none"}, chat_template_kwargs={"enable_thinking": True}),
+    respond("x", tools=[R_TOOL, R_NOW], tool_choice={"type": "custom", "name": "now"}),
+    respond("x", tools=[R_TOOL, R_NOW], tool_choice={"type": "mcp", "name": "now"}),
+    # Spaces and tokens that folders add
+    chat(user("  two <|end|>  spaces <|new|> <|eos|>  ")),
+    (COMPLETIONS, {"prompt": " x <|end|>  y<|new|>  <|old|> <|eos|>  z  "}),
     (COMPLETIONS, {"prompt": "The capital of France is"}),
     (COMPLETIONS, {"prompt": UNICODE}),
     (COMPLETIONS, {"prompt": SPECIAL}),
@@ -207,6 +242,36 @@ def _models(at: Path) -> Iterator[Path]:
         "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}<|turn|>assistant\n"
     )
     yield router_models.folder(at / "prepended", router_models.with_special(router_models.prepended()), strings)
+    # transformers' Llama class makes the normalizer, the model and what begins a text anew.
+    prepended = router_models.with_special(router_models.prepended())
+    yield router_models.folder(at / "llama", prepended, strings, tokenizer_class="LlamaTokenizer")
+    yield _told_flags(at / "flags", strings)
+    yield _more_tokens(at / "more")
+
+
+def _told_flags(at: Path, template: str) -> Path:
+    """tokenizer_config.json changes a token of tokenizer.json; beside what it tells, the special map is not read."""
+    made = router_models.with_special(router_models.byte_level(LLAMA3))
+    end = {"content": "<|end|>", "rstrip": True, "normalized": False, "special": True}
+    number = made.token_to_id("<|end|>")
+    router_models.folder(at, made, f"{{{{ bos_token }}}}{template}", added_tokens_decoder={number: end})
+    (at / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|turn|>"}))
+    return at
+
+
+def _more_tokens(at: Path) -> Path:
+    """An older folder, whose map and file of added tokens count; and of the family with a switch for low effort."""
+    template = (
+        "{{ bos_token }}{{ image_token }}{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}{% endfor %}"
+        "{{ [low_effort|default('-'), reasoning_effort|default('-'), enable_thinking|default('-')] | tojson }}"
+        "{% if truncate_history_thinking %}{% endif %}"
+    )
+    made = router_models.with_special(router_models.byte_level(LLAMA3))
+    tokens = {"extra_special_tokens": ["<|new|>"], "additional_special_tokens": ["<|old|>"], "image_token": "<|tool|>"}
+    router_models.folder(at, made, template, **tokens)
+    (at / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|turn|>"}}))
+    (at / "added_tokens.json").write_text(json.dumps({"two": made.get_vocab_size()}))
+    return at
 
 
 @pytest.mark.slow

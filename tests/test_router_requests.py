@@ -21,6 +21,7 @@ from kvd.router.tokens.requests import (
     Tokeniser,
 )
 from kvd.router.tokens.serving import Serving
+from kvd.router.tokens.values import as_read
 from tests import router_models
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -41,6 +42,11 @@ def tokeniser(model: Path) -> Iterator[Tokeniser]:
     opened.close()
 
 
+def _calling(arguments: Any, **more: Any) -> dict[str, Any]:
+    call = {"id": "c", "function": {"name": "f", "arguments": arguments}, **more}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 REFUSED: list[tuple[str, Any, Why]] = [
     (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, Why.MULTIMODAL),
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, Why.MULTIMODAL),
@@ -56,6 +62,18 @@ REFUSED: list[tuple[str, Any, Why]] = [
         {"messages": HELLO, "tools": [{"function": {"name": "f", "parameters": {"type": "varchar"}}}]},
         Why.UNSUPPORTED,
     ),
+    # What the worker's models take for a truth or a number, by rules of their own
+    (
+        CHAT,
+        {"messages": [*HELLO, {"role": "assistant", "content": "x"}], "continue_final_message": 1},
+        Why.UNSUPPORTED,
+    ),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x", "prefix": "true"}]}, Why.UNSUPPORTED),
+    (CHAT, {"messages": HELLO, "tools": [{"function": {"name": "f", "strict": "yes"}}]}, Why.UNSUPPORTED),
+    (CHAT, {"messages": HELLO, "tools": [{"function": {"name": "f"}, "defer_loading": 1}]}, Why.UNSUPPORTED),
+    (RESPONSES, {"input": "x", "tools": [{"type": "function", "name": "f", "strict": "true"}]}, Why.UNSUPPORTED),
+    (CHAT, {"messages": [_calling({}, index="3")]}, Why.UNSUPPORTED),
+    (CHAT, {"messages": [_calling({"n": 10**309})]}, Why.INVALID),
     (CHAT, {"messages": []}, Why.INVALID),
     (CHAT, {"messages": [{"role": "function", "content": "the template refuses it"}]}, Why.INVALID),
     (CHAT, {"messages": [{"role": "User", "content": "x"}]}, Why.INVALID),
@@ -154,6 +172,62 @@ def test_an_adapter_is_named_by_model_or_by_path(tokeniser: Tokeniser, body: dic
 
 
 @pytest.mark.parametrize(
+    ("path", "by_model", "by_path"),
+    [
+        (CHAT, True, True),
+        (COMPLETIONS, True, True),
+        (EMBEDDINGS, True, True),
+        (MESSAGES, True, False),
+        (GENERATE, False, True),
+        (RESPONSES, False, False),
+    ],
+)
+def test_an_adapter_counts_where_the_worker_takes_one(
+    tokeniser: Tokeniser, path: str, by_model: bool, by_path: bool
+) -> None:
+    asked = {"messages": HELLO, "prompt": "x", "input": "x", "text": "x"}
+    for told, counts in (({"model": "m:poet"}, by_model), ({"model": "m", "lora_path": "poet"}, by_path)):
+        (prompt,) = tokeniser.tokenise(path, {**asked, **told})
+        assert prompt.ids is not None
+        assert prompt.namespace == Namespace(adapter="poet" if counts else None), told
+
+
+def test_integers_beyond_64_bits_are_floats_as_the_worker_reads_them() -> None:
+    kept = [1 << 64, (1 << 64) - 1, -(1 << 63), -(1 << 63) - 1, 1.5, True, None, "1"]
+    read = as_read({"deep": [kept]})
+    assert repr(read) == repr({"deep": [[float(1 << 64), *kept[1:3], -float(1 << 63), *kept[4:]]]})
+    assert kept[0] == 1 << 64
+    assert type(kept[0]) is int, "what was given is as it was"
+
+
+@pytest.mark.parametrize(
+    ("mark", "switched"),
+    [
+        ("", True),
+        ("{% set enable_thinking = enable_thinking | default(true) %}", True),
+        ("{% set enable_thinking = enable_thinking | default(false) %}", None),
+        ("{% if not enable_thinking is defined %}{% set enable_thinking = false %}{% endif %}", None),
+        ("<|channel|>", None),
+        ("{{ reasoning_effort }}[THINK]", None),
+    ],
+)
+def test_low_effort_is_a_switch_unless_another_family_may_be_meant(
+    tmp_path: Path, mark: str, switched: bool | None
+) -> None:
+    template = f"{mark}{{{{ messages[0].content }}}}{{{{ 'LOW' if low_effort }}}}{{# truncate_history_thinking #}}"
+    folder = router_models.folder(tmp_path, router_models.with_special(router_models.byte_level()), template)
+    opened = Tokeniser.open(folder, Serving())
+    (low,) = opened.tokenise(CHAT, {"messages": HELLO, "reasoning_effort": "low"})
+    (high,) = opened.tokenise(CHAT, {"messages": HELLO, "reasoning_effort": "high"})
+    assert high.ids
+    if switched:
+        assert low.ids == high.ids + opened.encoder.encode("LOW").ids
+    else:
+        assert low.reason is Why.UNSUPPORTED
+    opened.close()
+
+
+@pytest.mark.parametrize(
     "serving",
     [
         Serving(chat_template="vicuna_v1.1"),
@@ -185,3 +259,5 @@ def test_a_folder_that_cannot_be_used_says_what_to_do(tmp_path: Path) -> None:
     made = router_models.with_special(router_models.byte_level())
     with pytest.raises(SettingsError, match="does not compile"):
         Tokeniser.open(router_models.folder(tmp_path, made, "{% if %}"), Serving())
+    with pytest.raises(SettingsError, match="splits special tokens"):
+        Tokeniser.open(router_models.folder(tmp_path, made, split_special_tokens=True), Serving())

@@ -17,6 +17,7 @@ import msgspec
 from kvd.router.tokens.outcome import NoTokens, Why
 from kvd.router.tokens.template import ChatTemplate, Message
 from kvd.router.tokens.toolschema import dumped_tools
+from kvd.router.tokens.values import as_read, exactly
 
 _ROLES: Final = frozenset({"system", "assistant", "tool", "function", "developer", "latest_reminder", "root"})
 _PLAIN_ROLES: Final = _ROLES | {"user"}
@@ -41,16 +42,22 @@ class Chat:
     prefix: str = ""
 
 
-def prepare(body: Mapping[str, Any], template: ChatTemplate, defaults: Mapping[str, Any]) -> Chat:
-    """From the body of /v1/chat/completions; `defaults` are the worker's default template variables."""
+def prepare(
+    body: Mapping[str, Any], template: ChatTemplate, defaults: Mapping[str, Any], effort_among_variables: bool = True
+) -> Chat:
+    """From the body of /v1/chat/completions; `defaults` are the worker's default template variables.
+
+    `effort_among_variables`: whether a reasoning_effort in chat_template_kwargs is taken for the request's own.
+    """
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise NoTokens(Why.INVALID, "messages is no list, or an empty one")
     dumped = [message if _plain(message) else _dumped(message) for message in given]
     tools = _offered(body, dumped)
-    variables = _variables(body, defaults, template)
+    variables = _variables(body, defaults, template, effort_among_variables)
     shaped = [m if type(m["content"]) is str else _shaped(m, template.content) for m in dumped]
-    messages, prefix = _last_turn(shaped, body.get("continue_final_message") is True)
+    goes_on = exactly(body.get("continue_final_message"), bool, "continue_final_message")
+    messages, prefix = _last_turn(shaped, bool(goes_on))
     return Chat(messages, tools, variables, prefix)
 
 
@@ -87,7 +94,7 @@ def _more(message: Message, role: str) -> Message:
         "reasoning_content": _text_or_none(message.get("reasoning_content"), "reasoning_content"),
         "tool_calls": _tool_calls(message.get("tool_calls"), role),
         "tools": None if tools is None else dumped_tools(tools),
-        "prefix": message.get("prefix"),
+        "prefix": exactly(message.get("prefix"), bool, "prefix"),
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -139,8 +146,9 @@ def _tool_call(call: Any, role: str) -> Message:
             raise NoTokens(Why.INVALID, f"a tool call's arguments are not JSON: {error}") from error
         if not isinstance(arguments, dict):
             raise NoTokens(Why.INVALID, "a tool call's arguments are no JSON object")
-    named = {"name": _text_or_none(function.get("name"), "a tool call's name"), "arguments": arguments}
-    return {"id": call.get("id"), "index": call.get("index"), "type": "function", "function": named}
+    named = {"name": _text_or_none(function.get("name"), "a tool call's name"), "arguments": as_read(arguments)}
+    index = exactly(as_read(call.get("index")), int, "a tool call's index")
+    return {"id": call.get("id"), "index": index, "type": "function", "function": named}
 
 
 def _offered(body: Mapping[str, Any], messages: Sequence[Message]) -> list[Message] | None:
@@ -159,23 +167,28 @@ def _offered(body: Mapping[str, Any], messages: Sequence[Message]) -> list[Messa
     return tools or None
 
 
-def _variables(body: Mapping[str, Any], defaults: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
+def _variables(
+    body: Mapping[str, Any], defaults: Mapping[str, Any], template: ChatTemplate, effort_among_variables: bool
+) -> dict[str, Any]:
     """Template variables: reasoning switches first, what the request or the worker's defaults say over them."""
     told = body.get("chat_template_kwargs")
-    wanted: dict[str, Any] = dict(told) if isinstance(told, Mapping) else {}
+    wanted: dict[str, Any] = as_read(told) if isinstance(told, dict) else {}
     effort, thinking = _reasoning(body)
     if thinking is not None:
         wanted.setdefault("thinking", thinking)
         wanted.setdefault("enable_thinking", thinking)
-    told_effort = wanted.pop("reasoning_effort", None)
-    effort = effort if told_effort is None else told_effort
+    if effort_among_variables:
+        told_effort = wanted.pop("reasoning_effort", None)
+        effort = effort if told_effort is None else told_effort
     wanted = {**defaults, **wanted}
-    if effort is None:
+    if effort is None and defaults:
         effort = wanted.get("reasoning_effort")
     variables = {} if effort is None else {"reasoning_effort": effort}
     variables |= wanted
-    if effort == "low" and "low_effort" in template.source and "truncate_history_thinking" in template.source:
-        variables.setdefault("low_effort", True)  # the one family that takes its effort as a switch
+    if effort == "low" and template.low_effort is None:
+        raise NoTokens(Why.UNSUPPORTED, "low effort with a template that has marks of several families")
+    if effort == "low" and template.low_effort:
+        variables.setdefault("low_effort", True)
     if reserved := _RESERVED & variables.keys():
         raise NoTokens(Why.UNSUPPORTED, f"chat_template_kwargs sets {', '.join(sorted(reserved))}")
     return variables

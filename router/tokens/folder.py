@@ -1,23 +1,29 @@
 """A model's folder, as far as tokens go: its tokenizer, its chat templates, its special tokens.
 
 Read once, when a model is first seen. What transformers 5 and SGLang 0.5.23 do to these files while they load them is
-done here too: added tokens that tokenizer.json lacks, who begins a text with BOS, which of several templates counts.
+done here too: added tokens that tokenizer.json lacks, who begins a text with BOS, which of several templates counts,
+and what transformers' Llama class puts in the place of a tokenizer's own parts.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from kvd.errors import SettingsError
 
 NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LLAMA: Final = frozenset({"LlamaTokenizer", "LlamaTokenizerFast"})
+# Of these model types transformers takes the own class, whatever tokenizer_class says.
+_NOT_LLAMA: Final = frozenset({"qwen2"})
 # The classes whose add_bos_token SGLang restores; others' tokenizer.json says it all.
 _BOS_BY_FLAG: Final = frozenset(
     {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast", "GemmaTokenizer",
      "GemmaTokenizerFast", "CohereTokenizerFast"}
 )  # fmt: skip
+
+Prepend = Literal["never", "always", "first"]  # which pieces of a text get a mark in front
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,10 @@ class ModelFolder:
     tokenizer: str  # tokenizer.json
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token and its kin, by name
     added_tokens: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    more_special: Sequence[str] = ()  # that have no name
     templates: Mapping[str, str] = field(default_factory=dict)
-    begins_with_bos: bool | None = None  # None: as tokenizer.json says
+    begins_with_bos: bool = False  # whatever tokenizer.json says
+    metaspace: Prepend | None = None  # of transformers' Llama class, instead of tokenizer.json's; None: as that says
     architecture: str = ""
     model_type: str = ""
     multimodal: bool = False
@@ -44,16 +52,27 @@ class ModelFolder:
             )
         config = _read(folder / "tokenizer_config.json")
         model = _read(folder / "config.json")
-        special = {**config, **_read(folder / "special_tokens_map.json")}
-        architectures = model.get("architectures") or [""]
+        if config.get("split_special_tokens"):
+            raise SettingsError(
+                f"the tokenizer of {folder} splits special tokens, which is not imitated here",
+                "requests for this model are steered by load",
+            )
+        more_special = _more_special(config)
+        if "added_tokens_decoder" not in config:  # what older releases wrote
+            older = _read(folder / "special_tokens_map.json")
+            config |= older
+            more_special = more_special or _more_special(older)
+        architectures, model_type = model.get("architectures") or [""], str(model.get("model_type", ""))
         return cls(
             path.read_text(encoding="utf-8"),
-            {name: _content(special[name]) for name in NAMED_TOKENS if special.get(name) is not None},
-            {int(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()},
+            _named(config),
+            _added(folder, config, more_special),
+            more_special,
             _templates(folder, config),
-            _begins_with_bos(config),
+            config.get("tokenizer_class") in _BOS_BY_FLAG and config.get("add_bos_token") in (None, True),
+            _metaspace(config, model_type),
             str(architectures[0]),
-            str(model.get("model_type", "")),
+            model_type,
             any(name in model for name in ("vision_config", "audio_config")),
         )
 
@@ -70,6 +89,32 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str:
     return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates have each under its name. A model may have some of its own, as `image_token`."""
+    own = config.get("extra_special_tokens")
+    told = {**(own if isinstance(own, dict) else {}), **config}
+    names = [name for name in told if name.endswith("_token") and name not in NAMED_TOKENS]
+    return {name: _content(told[name]) for name in (*NAMED_TOKENS, *names) if isinstance(told.get(name), str | dict)}
+
+
+def _more_special(config: Mapping[str, Any]) -> list[str]:
+    told = config.get("extra_special_tokens")
+    if not told or not isinstance(told, list):
+        told = config.get("additional_special_tokens")  # what it was called before: counts where there is no other
+    return [_content(token) for token in told] if isinstance(told, list) else []
+
+
+def _added(folder: Path, config: Mapping[str, Any], more_special: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """By id; older releases wrote a file of ids by content."""
+    if "added_tokens_decoder" in config:
+        return {int(number): token for number, token in (config["added_tokens_decoder"] or {}).items()}
+    special = {*_named(config).values(), *more_special}
+    return {
+        int(number): {"content": content, "special": content in special}
+        for content, number in _read(folder / "added_tokens.json").items()
+    }
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -91,8 +136,10 @@ def _template_files(folder: Path) -> list[Path]:
     return [*([single] if single.is_file() else []), *extra]
 
 
-def _begins_with_bos(config: Mapping[str, Any]) -> bool | None:
-    if config.get("tokenizer_class") not in _BOS_BY_FLAG:
+def _metaspace(config: Mapping[str, Any], model_type: str) -> Prepend | None:
+    """transformers 5: models/llama/tokenization_llama.py."""
+    if config.get("tokenizer_class") not in _LLAMA or model_type in _NOT_LLAMA:
         return None
-    told = config.get("add_bos_token")
-    return True if told is None else bool(told)
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") else "first"

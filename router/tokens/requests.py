@@ -35,6 +35,8 @@ EMBEDDINGS: Final = "/v1/embeddings"
 GENERATE: Final = "/generate"
 PATHS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, GENERATE)
 _UNSALTED: Final = (MESSAGES, EMBEDDINGS)  # SGLang's models of these have neither salt nor key: it does not see them
+_NO_MODEL: Final = (RESPONSES, GENERATE)  # whose "model" names no adapter; Responses have none in any way
+_NO_PATH: Final = (RESPONSES, MESSAGES)  # nor does the "lora_path" of these
 _MEDIA: Final = ("image_data", "video_data", "audio_data")
 
 
@@ -153,7 +155,7 @@ class Tokeniser:
         if path != CHAT:
             convert = responses.as_chat if path == RESPONSES else anthropic.as_chat
             body = convert(body, self.template.inline_system)
-        chat = prepare(body, self.template, self.serving.template_defaults)
+        chat = prepare(body, self.template, self.serving.template_defaults, path != RESPONSES)
         return _Text(self._rendered(self.template, chat), namespace, True, chat.prefix)
 
     def _rendered(self, template: ChatTemplate, chat: Chat) -> str:
@@ -186,7 +188,9 @@ class Tokeniser:
         ]
 
     def _namespaces(self, path: str, body: Mapping[str, Any], count: int) -> list[Namespace]:
-        adapter = self.serving.adapter_of(body.get("model"), body.get("lora_path"))
+        model = None if path in _NO_MODEL else body.get("model")
+        lora_path = None if path in _NO_PATH else body.get("lora_path")
+        adapter = self.serving.adapter_of(model, lora_path)
         told: list[Any] = [body.get("cache_salt"), body.get("extra_key"), adapter]
         if path in _UNSALTED:
             told[:2] = None, None

@@ -38,6 +38,10 @@ def as_chat(body: Mapping[str, Any], inline_system: bool) -> Body:
         chat["chat_template_kwargs"] = body["chat_template_kwargs"]
     if isinstance(reasoning, Mapping):
         chat["reasoning_effort"] = reasoning.get("effort", "medium")
+        if (reasoning.get("effort") or reasoning.get("reasoning_effort")) == "none":
+            told = chat.get("chat_template_kwargs")
+            off = {"thinking": False, "enable_thinking": False}
+            chat["chat_template_kwargs"] = {**off, **(told if isinstance(told, dict) else {})}
     return chat
 
 
@@ -184,4 +188,6 @@ def _choice(choice: Any) -> Any:
     if not isinstance(choice, Mapping):
         return choice
     name = choice.get("name") or (choice.get("function") or {}).get("name")
-    return {"type": "function", "function": {"name": name}} if choice.get("type") == "function" and name else "auto"
+    if choice.get("type") not in ("function", "custom") or not name:
+        return "auto"
+    return {"type": "function", "function": {"name": name}}

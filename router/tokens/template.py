@@ -6,6 +6,7 @@ the middle) is found here too. A template comes from the model's folder, never f
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal, NoReturn
@@ -23,6 +24,13 @@ from kvd.router.tokens.turns import Turns
 Message = dict[str, Any]
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _SENTINEL: Final = "kvd-inline-system-sentinel"
+_SWITCH: Final = ("low_effort", "truncate_history_thinking")
+# Marks of families that SGLang looks for first (REASONING_MODE_RULES in its srt/parser/template_detection.py), told
+# more widely than there.
+_EARLIER_FAMILIES: Final = re.compile(
+    r"<ifm\|think>|<\|channel\|>|\[gMASK\]<sop>|\[THINK\]|reasoning_mode_token"
+    r"|set\s+enable_thinking\s*=\s*[fF]alse|enable_thinking[\s)]*\|\s*d(?:efault)?[\s(]*[fF]alse"
+)
 _OF_DICTIONARIES: Final = frozenset(dir(dict))  # the sandbox says which of these a template may have
 _OF_LOOPS: Final = frozenset({"first", "last", "index", "index0", "length", "revindex", "revindex0"})  # numbers, all
 
@@ -84,6 +92,7 @@ class ChatTemplate:
 
     content: "openai" where messages' parts reach the template as lists, "string" where they are joined before.
     inline_system: whether a system message in the middle of a conversation is rendered where it stands.
+    low_effort: whether an effort of "low" is a switch of its own, as one family has it; None: that is not known here.
     turns: the same without running it, where it writes each message by itself and there are no variables and no tools.
     """
 
@@ -101,6 +110,7 @@ class ChatTemplate:
         self._given = {**self._compiled.globals, "documents": None, **(special_tokens or {})}
         self.content: Literal["openai", "string"] = _content_format(source, tree)
         self.inline_system = self._takes_inline_system()
+        self.low_effort = _low_effort(source)
         self.turns = Turns.of(environment, tree, {**self._given, "tools": None, "add_generation_prompt": True})
 
     def render(
@@ -149,6 +159,12 @@ def choose(templates: Mapping[str, str], preferred: str | None = None) -> str | 
     if len(templates) > 1 and preferred not in templates:
         raise SettingsError(f"the folder has no template {preferred!r}", f"it has {', '.join(templates)}")
     return templates.get(preferred, next(iter(templates.values())))
+
+
+def _low_effort(source: str) -> bool | None:
+    if not all(word in source for word in _SWITCH):
+        return False
+    return None if _EARLIER_FAMILIES.search(source) else True
 
 
 def _content_format(source: str, tree: jinja2.nodes.Template) -> Literal["openai", "string"]:

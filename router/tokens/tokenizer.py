@@ -6,14 +6,14 @@ and where it is not installed, the reference does all.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
 
 from kvd.errors import SettingsError
 from kvd.router.tokens.digits import by_added_tokens
-from kvd.router.tokens.folder import ModelFolder
+from kvd.router.tokens.folder import ModelFolder, Prepend
 from kvd.router.tokens.selftest import varied
 
 
@@ -41,10 +41,12 @@ class Reference:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._add_tokens(folder)
+        if folder.metaspace is not None:
+            self._as_llama(folder.metaspace)
         self.bos = folder.special_tokens.get("bos_token")
         self.bos_id = None if self.bos is None else self.tokenizer.token_to_id(self.bos)
-        if folder.begins_with_bos is not None:
-            self._begin_with_bos(folder.begins_with_bos)
+        if folder.begins_with_bos:
+            self._begin_with_bos()
 
     def encode(self, texts: Sequence[str], specials: bool = False) -> "list[array[int]]":
         """With `specials`, what the tokenizer puts before and after a text that is no chat is there too."""
@@ -66,26 +68,37 @@ class Reference:
         return [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.content]
 
     def _add_tokens(self, folder: ModelFolder) -> None:
-        """What tokenizer_config.json knows and tokenizer.json does not, in the order of transformers: ids follow."""
-        known = set(self.added())
-        for _, told in sorted(folder.added_tokens.items()):
-            flags = {name: bool(told.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
-            flags["normalized"] = bool(told.get("normalized", not flags["special"]))
-            if told["content"] not in known:
-                self.tokenizer.add_tokens([tokenizers.AddedToken(told["content"], **flags)])
-                known.add(told["content"])
-        for content in folder.special_tokens.values():
+        """As transformers, in its order: ids follow. Tokens that tokenizer.json has get the flags told of them."""
+        told = {token["content"]: _flags(token) for _, token in sorted(folder.added_tokens.items())}
+        known = {*self.added(), *told}
+        for content in (*folder.special_tokens.values(), *folder.more_special):
             if content not in known:
-                self.tokenizer.add_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
-                known.add(content)
+                told[content] = {"special": True, "normalized": False}
+        self.tokenizer.add_tokens([tokenizers.AddedToken(content, **flags) for content, flags in told.items()])
 
-    def _begin_with_bos(self, wanted: bool) -> None:
-        wanted = wanted and self.bos_id is not None
+    def _as_llama(self, prepend: Prepend) -> None:
+        """As transformers' class makes it anew; SGLang gives only a pre-tokenizer of another kind back."""
+        model = self.tokenizer.model
+        if isinstance(model, tokenizers.models.BPE):
+            model.unk_token, model.fuse_unk, model.byte_fallback, model.ignore_merges = None, True, True, False
+        self.tokenizer.normalizer = None
+        own = self.tokenizer.pre_tokenizer
+        if own is None or isinstance(own, tokenizers.pre_tokenizers.Metaspace):
+            self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend, split=False)
+
+    def _begin_with_bos(self) -> None:
+        wanted = self.bos_id is not None
         single = f"{self.bos}:0 $A:0" if wanted else "$A:0"
         special = [(self.bos, self.bos_id)] if wanted else []
         self.tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=single, pair=f"{single} $B:1", special_tokens=special
         )
+
+
+def _flags(told: Mapping[str, Any]) -> dict[str, bool]:
+    """Of an added token, as tokenizer_config.json says."""
+    flags = {name: bool(told.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
+    return flags | {"normalized": bool(told.get("normalized", not flags["special"]))}
 
 
 class Fast:

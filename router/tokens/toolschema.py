@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kvd.router.tokens.outcome import NoTokens, Why
+from kvd.router.tokens.values import as_read, exactly
 
 Tool = dict[str, Any]
 _FIELDS: Final = ("description", "name", "parameters", "strict", "defer_loading")
@@ -27,12 +28,13 @@ def _dumped(tool: Any) -> Tool:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise NoTokens(Why.INVALID, "a tool has no function with a name")
-    deferred = tool.get("defer_loading")
+    deferred = exactly(tool.get("defer_loading"), bool, "defer_loading")
     known: Tool = {name: function.get(name) for name in _FIELDS}
+    known["parameters"] = as_read(known["parameters"])
     if known["defer_loading"] is None:
         known["defer_loading"] = deferred
     for optional in ("strict", "defer_loading"):
-        if known[optional] is None:
+        if exactly(known[optional], bool, optional) is None:
             del known[optional]
     _check(known["parameters"])
     sent = [name for name in function if name in known]
