@@ -25,6 +25,7 @@ class Collector:
         self._most_bytes = most_bytes
         self._status = 0
         self._body = bytearray()
+        self.kind = b""  # its content type
 
     @property
     def begun(self) -> bool:
@@ -35,6 +36,7 @@ class Collector:
         self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
     ) -> None:
         self._status = status
+        self.kind = next((value for name, value in fields if name == b"content-type"), b"")
         self.more(body, whole)
 
     def more(self, body: bytes, whole: bool) -> None:

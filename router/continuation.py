@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kvd.errors import KvdError
-from kvd.router.transcript import Transcript, payloads
+from kvd.router.transcript import STRANGE, Transcript, one_answer, payloads, wants_usage
 
 _encode = msgspec.json.Encoder().encode
 
@@ -60,13 +60,18 @@ def rest_of(request: Any, so_far: Transcript, counted: int | None = None) -> dic
     if not isinstance(request, dict):
         raise CannotContinue("the request is not a JSON object")
     _same_whatever_came_before(request, _FIELDS[so_far.stream])
+    if so_far.finished:
+        raise CannotContinue("only its usage is missing" if one_answer(request) else "several answers")
     if not so_far.text and not so_far.ids:
         return request
-    if so_far.text.endswith("\N{REPLACEMENT CHARACTER}") and not _by_ids(request, so_far):
+    # Ids that were sent but not said: handed on, they are never said; made again, there are too many.
+    if (so_far.ids and so_far.half) or so_far.text.endswith("\N{REPLACEMENT CHARACTER}"):
         raise CannotContinue("a character is half said")
     if so_far.stream == "generate":
         return _rest_of_generate(request, so_far)
     tokens = so_far.tokens if so_far.tokens is not None else counted
+    if tokens is None and _counts(request):
+        raise CannotContinue("how many tokens were said is not known, and the usage is wanted")
     _no_stop_begun(request.get("stop"), so_far.text)
     rest = request | _fewer(request, ("max_tokens", "max_completion_tokens", "min_tokens"), tokens)
     if so_far.stream == "completions":
@@ -78,7 +83,7 @@ def rest_of(request: Any, so_far: Transcript, counted: int | None = None) -> dic
 
 
 def needs_count(request: Any, so_far: Transcript) -> bool:
-    """Whether the tokens of the text so far must be counted first: a limit depends on them.
+    """Whether the tokens of the text so far must be counted first: a limit depends on them, or the usage.
 
     Raises CannotContinue where no count would help.
     """
@@ -86,7 +91,11 @@ def needs_count(request: Any, so_far: Transcript) -> bool:
     limited = so_far.stream == "completions" or any(
         request.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "min_tokens")
     )
-    return so_far.tokens is None and bool(so_far.text) and limited
+    return so_far.tokens is None and bool(so_far.text) and (limited or _counts(request))
+
+
+def _counts(request: dict[str, Any]) -> bool:
+    return wants_usage(request, "include_usage", "continuous_usage_stats")
 
 
 def _same_whatever_came_before(request: Mapping[str, Any], known: Mapping[str, object]) -> None:
@@ -146,7 +155,10 @@ def _fewer(request: Mapping[str, Any], names: Iterable[str], tokens: int | None)
         if (limit := request.get(name)) is not None:
             if tokens is None or not isinstance(limit, int):
                 raise CannotContinue(f"how much of {name} is left is not known")
-            fewer[name] = max(limit - tokens, 0 if name.startswith("min") else 1)
+            least = name.startswith("min")
+            if limit <= tokens and not least:  # the worker left just before it said that this is why it ends
+                raise CannotContinue(f"nothing is left of {name}")
+            fewer[name] = max(limit - tokens, 0)
     return fewer
 
 
@@ -164,7 +176,7 @@ class Splice:
         self._head = dict(so_far.head)
         self._text, self._ids = so_far.text, list(so_far.ids or ())
         self._whole_text = so_far.whole_text
-        self._tokens = so_far.tokens if so_far.tokens is not None else counted or 0
+        self._tokens = so_far.tokens if so_far.tokens is not None else counted  # None: nobody asked
 
     def translate(self, events: bytes) -> bytes:
         """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better."""
@@ -174,15 +186,15 @@ class Splice:
         try:
             event = json.loads(data)
             shown = self._generated(event) if self._stream == "generate" else self._choices(event)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return b"data: %b\n\n" % _encode(event) if shown else b""
+        except STRANGE:
             return b"data: %b\n\n" % data
-        return b"data: %b\n\n" % _encode(event) if shown else b""
 
     def _generated(self, event: dict[str, Any]) -> bool:
         meta = event["meta_info"]
         meta["id"] = self._head.get("id", meta["id"])
-        meta["prompt_tokens"] -= self._tokens
-        meta["completion_tokens"] += self._tokens
+        meta["prompt_tokens"] -= self._tokens or 0
+        meta["completion_tokens"] += self._tokens or 0
         if self._whole_text:
             event["text"], event["output_ids"] = self._text + event["text"], self._ids + event["output_ids"]
         return True
@@ -190,10 +202,17 @@ class Splice:
     def _choices(self, event: dict[str, Any]) -> bool:
         event |= {name: value for name, value in self._head.items() if name in event}
         if usage := event.get("usage"):
+            if self._tokens is None:  # a worker that says it unasked
+                del event["usage"]
+                return bool(event["choices"])
             usage["prompt_tokens"] -= self._tokens
             usage["completion_tokens"] += self._tokens
         for choice in event["choices"]:
+            if self._tokens != 0:  # the rest's own prompt; the client's was told before
+                choice.pop("prompt_token_ids", None)
             delta = choice.get("delta")
-            if delta and delta.pop("role", None) and not any(delta.values()) and not choice.get("finish_reason"):
+            if not self._head or not delta:
+                continue
+            if delta.pop("role", None) and not any(delta.values()) and not choice.get("finish_reason"):
                 return False  # the message was opened long ago
         return True

@@ -123,6 +123,7 @@ def _tell(ready: int | None, state: str) -> None:
         systemd.notify(state)
     elif state.startswith("READY"):
         os.write(ready, b".")
+        os.close(ready)  # whoever waits for others must see that they ended without a word
 
 
 def run(settings: RouterSettings, sock: socket.socket, ready: int | None = None) -> None:

@@ -17,6 +17,7 @@ from kvd.router.knowledge import Knowledge, Manner
 from kvd.router.steering import Incoming
 from kvd.router.tokens.outcome import Why
 from kvd.router.tokens.requests import Tokenised, Tokeniser
+from kvd.router.transcript import one_answer
 
 log = logging.getLogger("kvd.router")
 BYTES_PER_TOKEN: Final = 4  # of a body whose tokens are not known
@@ -81,7 +82,7 @@ class Prompts:
         except Exception as error:
             self.failed(error)
             unknown = f"{FAILED}: {type(error).__name__}"
-        stream, single = told.get("stream") is True, _single(told)
+        stream, single = told.get("stream") is True, one_answer(told)
         known = next((manner for manner, each in made.items() if all(one.ids is not None for one in each)), None)
         if known is None:
             tokens, why = self._guess(request.body, made)
@@ -127,12 +128,6 @@ class Prompts:
         names = known.serving(model)
         serving = workers if names is None else [worker for worker in workers if worker in names] or workers
         return list(dict.fromkeys(manner for worker in serving if (manner := known.manner(worker)) is not None))
-
-
-def _single(body: Mapping[str, Any]) -> bool:
-    """Whether one answer is asked for."""
-    sampling = body.get("sampling_params")
-    return body.get("n", 1) in (1, None) and not (isinstance(sampling, dict) and sampling.get("n", 1) not in (1, None))
 
 
 def _made(manners: Iterable[Manner], path: str, body: Any) -> _Made:

@@ -126,8 +126,9 @@ class _Level(Generic[T]):
         line.tickets[id(ticket)] = ticket
 
     def served(self, line: _Line[T]) -> None:
-        self._stands = line.clock
-        line.clock += 1.0 / line.weight
+        # One that could not be served for a while, because its model was away, has saved up nothing either.
+        self._stands = max(self._stands, line.clock)
+        line.clock = self._stands + 1.0 / line.weight
         # Whose clock service has passed has nothing to be remembered for.
         gone = [name for name, line in self._lines.items() if not line.tickets and line.clock <= self._stands]
         for name in gone:

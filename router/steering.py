@@ -73,7 +73,7 @@ class Incoming(msgspec.Struct):
         if self._json is msgspec.UNSET:
             try:
                 self._json = _decode(self.body)
-            except (msgspec.DecodeError, RecursionError):
+            except (ValueError, RecursionError):  # of bytes that are no text, too
                 self._json = None
         return self._json
 

@@ -116,7 +116,7 @@ class Tenants:
         """The body with the tenant's salt instead of any that it had. Raises Unsaltable."""
         try:
             request = _decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of bytes that are no text, too
             raise Unsaltable(f"the body is not JSON: {error}") from error
         if not isinstance(request, dict):
             raise Unsaltable("the body is not a JSON object")
@@ -128,5 +128,7 @@ class Tenants:
             return b'%b%b"%b":"%b"}' % (body[:at], comma, SALT_FIELD.encode(), self.salt(tenant).encode())
         own = request[SALT_FIELD]
         salt: Any = [self.salt(tenant, str(one or "")) for one in own] if isinstance(own, list) else ""
-        # By the standard library, which keeps integers of any size.
-        return json.dumps(json.loads(body) | {SALT_FIELD: salt or self.salt(tenant, str(own or ""))}).encode()
+        try:  # by the standard library, which keeps integers of any size, and goes less deep
+            return json.dumps(json.loads(body) | {SALT_FIELD: salt or self.salt(tenant, str(own or ""))}).encode()
+        except (ValueError, RecursionError) as error:
+            raise Unsaltable(f"the body cannot be given another salt: {error}") from error

@@ -18,6 +18,8 @@ _AT_ONCE_BYTES = 16 << 10  # 0.3 ms
 _MOST = 4 << 20  # characters and ids kept of one stream
 _DONE = b"data: [DONE]\n\n"
 _decode = msgspec.json.Decoder().decode
+# What bytes may raise that are not what they should be: workers break, and nothing they say ends the router.
+STRANGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, msgspec.MsgspecError)
 
 
 class Transcript:
@@ -28,11 +30,13 @@ class Transcript:
         self.text = ""
         self.ids: list[int] | None = []  # None: its events do not carry them
         self.tokens: int | None = 0  # None: only the text tells
+        self.half = False  # there may be ids of a character that the text does not have yet
         self.finished = False  # it said why it ended
         self.done = False  # and that nothing follows
         self.odd = ""  # what makes it impossible to continue
         self.whole_text: bool | None = None  # /generate: each event repeats the text so far; None: not to be told yet
         self.head: dict[str, Any] = {}  # what all its events share
+        self._usage = False  # after it was finished, it said what it took
         self._unread: deque[bytes] = deque()
         self._unread_bytes = 0
 
@@ -42,7 +46,7 @@ class Transcript:
         self._unread_bytes += len(events)
         if self._unread_bytes > _UNREAD_BYTES:
             oldest = self._take(_AT_ONCE_BYTES)
-            if not (self.whole_text and self._unread):  # else the later ones repeat it
+            if not (self.whole_text and len(self._unread) > 1):  # else the later ones repeat it; see _read
                 self._read(oldest)
 
     def read(self) -> None:
@@ -60,7 +64,7 @@ class Transcript:
 
     def _read(self, raw: bytes) -> None:
         said = list(payloads(raw))
-        if self.whole_text:  # all is in the last of them
+        if self.whole_text:  # all is in the last of them; what is new in it the one before tells
             said = said[-2:]
         new: list[str] = []  # joined once: a long text is not copied for each of its words
         for data in said:
@@ -69,7 +73,7 @@ class Transcript:
             elif not self.odd:
                 try:
                     self._read_event(_decode(data), new)
-                except (msgspec.DecodeError, KeyError, TypeError, IndexError, AttributeError):
+                except STRANGE:
                     self.odd = "an event that is not understood"
         self.text += "".join(new)
         if len(self.text) + len(self.ids or ()) > _MOST:
@@ -84,21 +88,24 @@ class Transcript:
             self._read_choices(event, new)
 
     def _read_generated(self, event: dict[str, Any], new: list[str]) -> None:
-        meta, ids = event["meta_info"], event.get("output_ids")
+        meta, ids, text = event["meta_info"], event.get("output_ids"), event["text"]
         self.head.setdefault("id", meta["id"])
         count = meta["completion_tokens"]
-        if ids is None or event.get("index", 0) or not isinstance(event["text"], str):
+        if not (isinstance(ids, list) and isinstance(text, str) and isinstance(count, int)) or event.get("index", 0):
             self.odd = "events without ids, or of several answers"
             return
         if self.tokens and ids:  # from the second event on its length tells
             self.whole_text = len(ids) == count
         if self.whole_text is False and self.tokens:
-            new.append(event["text"])
+            new.append(text)
+            self.half = _may_be_half(text, len(ids)) if ids else self.half
             self.ids = self.ids or []
             self.ids += ids
         else:
+            if (more := count - (self.tokens or 0)) > 0:
+                self.half = _may_be_half(text[len(self.text) :], more)
             new.clear()
-            self.text, self.ids = event["text"], list(ids)
+            self.text, self.ids = text, list(ids)
         if len(self.ids) != count:
             self.odd = "ids that are missing"
         self.tokens, self.finished = count, bool(meta.get("finish_reason"))
@@ -107,6 +114,7 @@ class Transcript:
         for name in ("id", "created", "model", "object"):
             if name in event:
                 self.head.setdefault(name, event[name])
+        self._usage = self._usage or bool(event.get("usage") and not event["choices"])
         for choice in event["choices"]:
             if choice.get("index", 0):
                 self.odd = "several choices"
@@ -114,9 +122,10 @@ class Transcript:
             if delta.get("tool_calls") or delta.get("reasoning_content") or choice.get("logprobs"):
                 self.odd = "tool calls, reasoning or log probabilities"
             said = delta.get("text" if self.stream == "completions" else "content") or ""
-            new.append(said)
+            new.append(_text(said))
             ids = choice.get("token_ids")
             if ids is not None and self.ids is not None:
+                self.half = _may_be_half(said, len(ids)) if ids else self.half
                 self.ids += ids
             elif said:
                 self.ids = None
@@ -128,8 +137,51 @@ class Transcript:
         self.read()
         if self.done:
             return b""
-        wants_usage = isinstance(request, dict) and bool((request.get("stream_options") or {}).get("include_usage"))
-        return _DONE if self.finished and not self.odd and not wants_usage else None
+        complete = self.finished and not self.odd and one_answer(request) and not self._lacks(request)
+        return _DONE if complete else None
+
+    def _lacks(self, request: dict[str, Any]) -> bool:
+        """Whether something follows the reason why it ended, as SGLang's OpenAI endpoints have it."""
+        if self.stream == "generate":
+            return False
+        own = any(request[name] for name in request if name.startswith("return_") and name != "return_token_ids")
+        return own or (wants_usage(request, "include_usage") and not self._usage)
+
+
+def one_answer(request: Any) -> bool:
+    """Whether one answer to one prompt is asked for, in any of SGLang's bodies."""
+    if not isinstance(request, dict) or request.get("input_embeds") is not None:
+        return False  # embeddings: one prompt of them looks much like many
+    sampling = request.get("sampling_params")
+    for each in (request, *(sampling if isinstance(sampling, list) else [sampling])):
+        if isinstance(each, dict) and any(each.get(name) not in (1, None) for name in ("n", "best_of")):
+            return False
+    prompts = [request.get(name) for name in ("text", "input_ids", "prompt")]
+    return not any(isinstance(one, list) and len(one) > 1 and not isinstance(one[0], int) for one in prompts)
+
+
+def wants_usage(request: dict[str, Any], *ways: str) -> bool:
+    """In one of these ways of `stream_options`."""
+    options = request.get("stream_options")
+    return isinstance(options, dict) and any(options.get(way) for way in ways)
+
+
+def _text(said: object) -> str:
+    if not isinstance(said, str):
+        raise TypeError("a text that is none")
+    return said
+
+
+def _may_be_half(said: str, ids: int) -> bool:
+    """Whether the last of the ids that came with this text may belong to a character that is not whole.
+
+    SGLang sends ids at once, and withholds text from such a character on, back to the last space; it says CJK
+    characters before it (detokenizer_manager.py, find_printable_text). One id that brings one of those is taken to be
+    no more than that, and ids whose text ends in anything else to be all of it.
+    """
+    last = said[-1:]
+    cjk = "\u3400" <= last <= "\u9fff" or "\uf900" <= last <= "\ufaff" or last >= "\U00020000"
+    return last in ("", " ", "\N{REPLACEMENT CHARACTER}") or (cjk and ids > 1)
 
 
 def payloads(events: bytes) -> Iterator[bytes]:

@@ -216,6 +216,16 @@ def test_deep_json_harms_nobody(router: Router, worker: MockWorker) -> None:
     assert len(worker.requests) == 1
 
 
+def test_bytes_that_are_no_text_are_the_workers_to_refuse(router: Router, worker: MockWorker) -> None:
+    worker.set(status=400)
+    try:
+        reply = router.talk(post("/generate", b'{"text": "caf\xe9"}', "connection: close"))
+    finally:
+        worker.set(status=200)
+    assert reply.startswith(b"HTTP/1.1 400 ")
+    assert len(worker.requests) == 1
+
+
 def test_too_many_connections_are_turned_away_and_room_comes_back(router: Router) -> None:
     held = [router.connect() for _ in range(64)]
     try:
@@ -236,6 +246,10 @@ def test_http_1_0_is_answered_and_closed(router: Router) -> None:
     reply = router.talk(b"GET /model_info HTTP/1.0\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 200 ")
     assert b"connection: close" in reply
+    with router.connect() as sock:  # unless it asks for more: then it is told so
+        for _ in range(2):
+            sock.sendall(b"GET /model_info HTTP/1.0\r\nconnection: keep-alive\r\n\r\n")
+            assert b"\r\nconnection: keep-alive\r\n" in until(sock, b"}")
     sent = {"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 2}}
     reply = router.talk(post("/generate", sent).replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert b"transfer-encoding" not in reply

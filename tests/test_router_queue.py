@@ -71,6 +71,21 @@ def test_silence_saves_up_nothing() -> None:
     assert served(queue, 20).count("early") == pytest.approx(10, abs=1)
 
 
+def test_who_could_not_be_served_for_a_while_has_saved_up_nothing() -> None:
+    """And whoever is served then does not put the clock back for those who come."""
+    queue: FairQueue[int] = FairQueue(1000)
+    away = queue.push(-1, "away", 1.0, 0, 100.0)
+    fill(queue, "steady", 300)
+    for _ in range(100):
+        assert (ticket := queue.pop(0.0, lambda item: item >= 0)) is not None
+        assert ticket.tenant == "steady"
+    fill(queue, "away", 100)
+    assert queue.pop(0.0) is away
+    fill(queue, "new", 100)
+    found = served(queue, 30)
+    assert [found.count(name) for name in ("away", "steady", "new")] == pytest.approx([10, 10, 10], abs=1)
+
+
 def test_priority_comes_first() -> None:
     queue: FairQueue[int] = FairQueue(10)
     fill(queue, "low", 3)

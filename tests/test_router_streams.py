@@ -1,5 +1,6 @@
 """Streams through the router: at once, untouched, cancelled when nobody listens, and whole although a worker dies."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -275,6 +276,51 @@ def test_a_stream_that_cannot_go_on_says_so(router: Router, workers: Pair, name:
     assert "error" in events[-1]
     assert "left in the middle" in events[-1]["error"]["message"]
     assert sum(len(worker.requests) for worker in workers) == 1, "nobody else was asked"
+
+
+def test_usage_is_right_without_a_limit(router: Router, workers: Pair) -> None:
+    """The text that was said is counted, although nothing else depends on it."""
+    path, body = "/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}}
+    ask(router, path, body)
+    next_one(workers).set(die_after=5)
+    events = ask(router, path, body)
+    assert chat_text(events[:-1]) == counted(4, 15), "four words, and as many as a worker says without a limit"
+    assert events[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+
+
+def test_nothing_is_generated_past_the_end_of_an_answer(router: Router, workers: Pair) -> None:
+    path, body = "/v1/chat/completions", CHAT | {"max_tokens": 3, "stream_options": {"include_usage": True}}
+    for worker in workers:
+        worker.set(die_after=4)  # the role and three words, the last with its reason; the usage does not come
+    events = ask(router, path, body)
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1]] == [None, None, None, "length"]
+    assert "usage is missing" in events[-1]["error"]["message"]
+
+
+def test_an_event_of_the_rest_that_is_too_long_ends_the_stream(tmp_path: Path) -> None:
+    """With an error event, and the router goes on: nothing was passed of that event."""
+
+    def generated(text: str, ids: list[int]) -> bytes:
+        meta = {"id": "a", "prompt_tokens": 1, "completion_tokens": len(ids), "finish_reason": None}
+        return b"data: %b\n\n" % json.dumps({"text": text, "output_ids": ids, "meta_info": meta}).encode()
+
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        urls = [f"http://127.0.0.1:{port}", f"http://localhost:{port}"]
+        with Router(tmp_path, *urls, **ALTERNATE) as router, router.connect() as sock:
+            sock.sendall(post("/generate", {"text": "a", "stream": True}, "connection: close"))
+            with accepted(listening) as first:
+                said = generated("b", [1]) + generated("bc", [1, 2])
+                first.sendall(head + b"%x\r\n%b\r\n" % (len(said), said))
+                until(sock, b'"bc"')
+            with accepted(listening) as second:
+                large = generated("d" * (3 << 20), [3])
+                with contextlib.suppress(ConnectionError):  # it is not read to its end
+                    second.sendall(head + b"%x\r\n%b" % (len(large), large))
+                body = b"".join(line for line in drain(sock).split(b"\r\n") if line.startswith(b"data: "))
+            assert "too long" in payloads(body)[0]["error"]["message"]
+            assert router.metrics()["continued_total"] == 1
 
 
 def test_an_answer_that_is_no_stream_is_visibly_cut(tmp_path: Path) -> None:

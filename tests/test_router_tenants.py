@@ -104,8 +104,13 @@ def test_what_needs_no_change_is_not_changed(tenants: Tenants) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b'"a"', b"{", b"[" * 5000, b'{"bootstrap_host": "a"}', '{"a": 1}'.encode("utf-16")]
-)
+    "body",
+    [
+        b"", b"[]", b'"a"', b"{", b"[" * 5000, b'{"bootstrap_host": "a"}', '{"a": 1}'.encode("utf-16"),
+        b'{"text": "caf\xe9"}', b'{"cache_salt": "mine", "text": "caf\xe9"}',
+        *(b'{"cache_salt": "mine", "a": %b}' % (b"[" * deep + b"]" * deep) for deep in (985, 995)),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_salted_is_refused(tenants: Tenants, body: bytes) -> None:
     with pytest.raises(Unsaltable):
         tenants.salted(Tenant("alice"), body)
@@ -163,6 +168,14 @@ def test_each_tenants_requests_carry_its_salt_and_no_key(router: Router, worker:
     assert "cache_salt" not in json.loads(root["body"]), "shared"
     for seen in (alice, bob, root):
         assert not {"authorization", "x-api-key"} & dict(seen["headers"]).keys()
+
+
+def test_what_is_no_text_is_refused_and_the_router_lives(router: Router, worker: MockWorker) -> None:
+    worker.forget()
+    bad = post("/generate", b'{"text": "caf\xe9"}', f"authorization: Bearer {KEYS['alice']}", "connection: close")
+    assert router.talk(bad).startswith(b"HTTP/1.1 400 ")
+    assert worker.requests == []
+    assert status(router, "/generate", KEYS["alice"], {"text": "a"}) == 200
 
 
 def test_each_request_on_a_connection_is_who_it_says(router: Router, worker: MockWorker) -> None:

@@ -36,7 +36,8 @@ class Answer:
             self._chunked = head is not None and head.minor == 1
             self.keep = self.keep and self._chunked
         shown = None if bodiless else length
-        return response_head(status, fields, self._request_id, shown, self._chunked, self.keep)
+        kept = b"keep-alive" if head is not None and head.minor == 0 else b""  # 1.0 closes where that is not said
+        return response_head(status, fields, self._request_id, shown, self._chunked, kept if self.keep else b"close")
 
     def body(self, data: bytes) -> bytes:
         """More of it."""

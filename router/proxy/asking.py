@@ -1,7 +1,7 @@
 """Small requests on behalf of clients, whose answers are collected, and orders that are for every worker."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -18,10 +18,16 @@ _OWN_S = 2.0
 _JSON = [(b"content-type", b"application/json")]
 
 
-async def tell(
-    house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float
-) -> tuple[int, bytes]:
-    """Status and body of one worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
+class Reply(NamedTuple):
+    """One worker's answer."""
+
+    status: int
+    body: bytes
+    kind: bytes = b"application/json"  # its content type; b"": not said
+
+
+async def tell(house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float) -> Reply:
+    """One worker's answer. Raises Lost. On a new connection: it may be no request to send twice."""
     pool = house.pools.get(worker.name)
     if pool is None:
         raise Lost(f"{worker.name} has just left")
@@ -32,7 +38,8 @@ async def tell(
         written = request_head(head, worker.authority, len(body), request_id, *keys)
         connection.send(head.method, written, body, collector)
         async with asyncio.timeout(within_s):
-            return await collector.whole
+            status, said = await collector.whole
+            return Reply(status, said, collector.kind)
     except TimeoutError:
         raise Lost(f"{worker.name} did not answer within {within_s:.0f} s") from None
     finally:
@@ -49,13 +56,13 @@ async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
     outcome: Outcome = "cancelled"
     try:
         head = Head("POST", request.path.encode(), 1, _JSON)
-        status, said = await tell(house, choice.worker, head, request.body, request.request_id.encode(), _OWN_S)
+        said = await tell(house, choice.worker, head, request.body, request.request_id.encode(), _OWN_S)
         outcome = "answered"
-        return msgspec.json.decode(said) if status == 200 else None
+        return msgspec.json.decode(said.body) if said.status == 200 else None
     except Lost:
         outcome = "no_answer"
         return None
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # it is no JSON
         return None
     finally:
         house.steering.finished(choice, outcome, house.loop.time())

@@ -7,6 +7,8 @@ can keep us in has a deadline.
 """
 
 import asyncio
+import logging
+import select
 import socket
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +25,7 @@ from kvd.router.tenants import Tenant
 if TYPE_CHECKING:
     from kvd.router.proxy.house import House
 
+log = logging.getLogger("kvd.router")
 _WRITE_HIGH_BYTES = 256 << 10
 _AHEAD_BYTES = 64 << 10  # of later requests, while one is answered
 _LINGER_S = 1.0
@@ -33,8 +36,8 @@ class Client(asyncio.Protocol):
     """One connection."""
 
     __slots__ = (
-        "_admitted", "_deadline", "_ended", "_endpoint", "_exchange", "_head", "_house", "_inbox", "_limits",
-        "_peer", "_reserved", "_tenant", "_transport", "paused",
+        "_admitted", "_deadline", "_due", "_ended", "_endpoint", "_exchange", "_head", "_held", "_house", "_inbox",
+        "_limits", "_peer", "_reserved", "_tenant", "_transport", "paused",
     )  # fmt: skip
 
     def __init__(self, house: "House") -> None:
@@ -50,6 +53,8 @@ class Client(asyncio.Protocol):
         self._reserved = 0  # bytes of body counted in the house
         self._exchange: Exchange | Everywhere | None = None
         self._ended = False  # nothing more is read
+        self._due = False  # the next request is looked at in a moment
+        self._held = False  # nothing is read for now
         self._deadline = _FOREVER
         self.paused = False  # it does not take what we send
 
@@ -67,17 +72,10 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        inbox = self._inbox
-        if self._exchange is None:
-            if self._head is None and not inbox:
-                self._deadline = self._house.loop.time() + self._limits.head_s
-            inbox.add(data)
-            self._advance()
-            return
-        inbox.add(data)
-        if len(inbox) > _AHEAD_BYTES:
-            assert self._transport is not None
-            self._transport.pause_reading()
+        if not self._busy and self._head is None and not self._inbox:
+            self._deadline = self._house.loop.time() + self._limits.head_s
+        self._inbox.add(data)
+        self._go_on()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._ended = True
@@ -93,11 +91,33 @@ class Client(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        self._deadline = _FOREVER if self._exchange is not None else self._house.loop.time() + self._limits.idle_s
         if self._exchange is not None:
+            self._deadline = _FOREVER
             self._exchange.resume()
+        elif not self._ended:
+            self._wait_for_next()
 
     # In
+
+    @property
+    def _busy(self) -> bool:
+        """What came since has to wait: for an answer, or for a client that does not take the last one."""
+        return self._exchange is not None or self.paused or self._due
+
+    def _go_on(self) -> None:
+        """Look at what is there, and read on only while it is not much that has to wait."""
+        try:
+            if not self._busy:
+                self._advance()
+        except Exception:  # out of here it would end the whole router
+            log.exception("a connection from %s failed in the router, and is cut", self._peer)
+            self._house.counts["failures"] += 1
+            self.cut()
+            return
+        hold = self._busy and len(self._inbox) > _AHEAD_BYTES
+        if hold is not self._held and self._transport is not None and not self._transport.is_closing():
+            self._held = hold
+            self._transport.pause_reading() if hold else self._transport.resume_reading()
 
     def _advance(self) -> None:
         """Take apart what was received, until a request is whole or more has to come."""
@@ -126,20 +146,23 @@ class Client(asyncio.Protocol):
             return
         try:
             request = self._house.request(head, self._endpoint, self._tenant, body)
+            exchange = self._started(head, request)
         except Malformed as wrong:
             answer = Answer(head, self._house.request_id(head).encode(), head.keep)
             self.write(answer.whole(wrong.status, error_body(self._endpoint.dialect, wrong.status, wrong.why)))
             self.done(answer.keep)
             return
-        self._exchange = exchange = self._start(head, request)
+        self._exchange = exchange
         exchange.begin()
 
-    def _start(self, head: Head, request: Incoming) -> Exchange | Everywhere:
+    def _started(self, head: Head, request: Incoming) -> Exchange | Everywhere:
         if self._endpoint.routed:
             return Exchange(self, self._house, head, self._endpoint, request)
         pools = self._house.pools
         named = head.single.get(b"x-kvd-worker", b"").decode("latin-1")
-        if named in pools:
+        if named and named not in pools:  # it has left while the body came
+            raise Malformed(404, f"x-kvd-worker: known are {', '.join(pools)}")
+        if named:
             return Everywhere(self, self._house, head, request, [pools[named].worker], single=True)
         if self._endpoint.everywhere and len(pools) > 1:
             workers = [pool.worker for pool in pools.values()]
@@ -180,21 +203,25 @@ class Client(asyncio.Protocol):
         if self._transport is None:
             return
         if not keep or self._house.draining:
-            self._ended = True
-            self._deadline = self._house.loop.time() + self._limits.send_s
-            self._transport.close()
-            return
+            self.close()
+        elif not self.paused:
+            self._wait_for_next()
+
+    def _wait_for_next(self) -> None:
+        """For a request; one that is there already is looked at in a moment.
+
+        Not at once: a thousand requests in one packet must not be a thousand calls deep.
+        """
         ahead = len(self._inbox)
         self._deadline = self._house.loop.time() + (self._limits.head_s if ahead else self._limits.idle_s)
-        if ahead > _AHEAD_BYTES:
-            self._transport.resume_reading()
-        if ahead:
-            # Not at once: a thousand requests in one packet must not be a thousand calls deep.
+        if ahead and not self._due:
+            self._due = True
             self._house.loop.call_soon(self._next)
 
     def _next(self) -> None:
-        if not self._ended and self._exchange is None and self._head is None:
-            self._advance()
+        self._due = False
+        if not self._ended:
+            self._go_on()
 
     def cut(self) -> None:
         """The answer ends here and is not whole: the client must see that."""
@@ -224,12 +251,16 @@ class Client(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Called about four times a second."""
+        if self._held and self._left():
+            self.cut()
+            self._leave()
+            return
         if self._exchange is not None:
             self._exchange.check(now, self._limits.silence_s)
         if now < self._deadline:
             return
         self._deadline = _FOREVER
-        if self._ended or self.paused:
+        if self._ended or self.paused:  # and does not take what we send, not even the last of it
             self.cut()
         elif self.idle:
             self.close()
@@ -238,10 +269,18 @@ class Client(asyncio.Protocol):
             self._refuse(408, "the request did not arrive in time")
 
     def close(self) -> None:
-        """Close the connection, whatever is on it. Idempotent."""
+        """Close the connection once it has what was written, which it has some time for. Idempotent."""
         self._ended = True
         if self._transport is not None:
+            self._deadline = self._house.loop.time() + self._limits.send_s
             self._transport.close()
+
+    def _left(self) -> bool:
+        """Whether it has closed its end: nobody reads, so nobody sees that otherwise."""
+        assert self._transport is not None
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _leave(self) -> None:
         if self._exchange is not None:

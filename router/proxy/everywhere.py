@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvd.router.proxy.answers import Answer
-from kvd.router.proxy.asking import tell
+from kvd.router.proxy.asking import Reply, tell
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Lost
 from kvd.router.steering import Incoming, Worker
@@ -59,33 +59,36 @@ class Everywhere:
 
     async def _run(self, workers: list[Worker]) -> None:
         answer = Answer(self._head, self._request.request_id.encode(), self._head.keep and not self._house.draining)
+        kind = b"application/json"
         try:
             replies = await asyncio.gather(*(self._tell(worker) for worker in workers))
-            status = max(status for status, _ in replies)
+            status = max(reply.status for reply in replies)
             if self._single:
-                body = replies[0][1]
+                _, body, kind = replies[0]
             else:
                 said = zip(workers, replies, strict=True)
-                body = msgspec.json.encode({one.name: {"status": s, "body": _shown(b)} for one, (s, b) in said})
+                body = msgspec.json.encode(
+                    {one.name: {"status": reply.status, "body": _shown(reply.body)} for one, reply in said}
+                )
         except Exception:
             log.exception("request %s failed in the router", self._request.request_id)
             self._house.counts["failures"] += 1
             status, body = 500, b'{"error": "the router failed at this request; its log says why"}'
-        self._client.write(answer.whole(status, body))
+        self._client.write(answer.whole(status, body, [(b"content-type", kind)] if kind else ()))
         self._client.done(answer.keep)
 
-    async def _tell(self, worker: Worker) -> tuple[int, bytes]:
+    async def _tell(self, worker: Worker) -> Reply:
         request = self._request
         try:
             within_s = self._house.limits.silence_s
             return await tell(self._house, worker, self._head, request.body, request.request_id.encode(), within_s)
         except Lost as lost:
-            return 502, msgspec.json.encode({"error": str(lost)})
+            return Reply(502, msgspec.json.encode({"error": str(lost)}))
 
 
 def _shown(body: bytes) -> Any:
     """JSON as it is, anything else as text."""
     try:
         return msgspec.Raw(body) if body and msgspec.json.decode(body) is not None else None
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return body.decode(errors="replace")

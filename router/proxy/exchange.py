@@ -47,7 +47,7 @@ class Exchange:
 
     __slots__ = (
         "_answer", "_choice", "_client", "_connection", "_done", "_endpoint", "_head", "_heard", "_house", "_id",
-        "_request", "_stream", "_task", "_tried",
+        "_old", "_request", "_sent", "_stream", "_task", "_tried",
     )  # fmt: skip
 
     def __init__(self, client: "Client", house: "House", head: Head, endpoint: Endpoint, request: Incoming) -> None:
@@ -61,6 +61,8 @@ class Exchange:
         self._choice: Choice | None = None
         self._connection: Connection | None = None
         self._tried = _NOBODY
+        self._sent = request  # what the worker was asked: this, or the rest of it
+        self._old = False  # over a connection that had lain idle, and nothing came back yet
         self._stream: Streamed | None = None
         self._done = False  # the client has all that it will get
         self._heard = 0.0  # when the worker last said something, or was sent the request
@@ -94,6 +96,7 @@ class Exchange:
             self._heard = now
         elif self._connection is not None and now - self._heard > silence_s:
             self._connection.abandon()
+            self._old = False
             self.lost(f"the worker said nothing for {silence_s:.0f} s")
 
     # Asking
@@ -104,34 +107,47 @@ class Exchange:
 
     async def _attempt(self, request: Incoming) -> None:
         """Find a worker, and send it this. What becomes of it the worker's connection tells."""
-        house = self._house
         try:
-            choice = self._choice = await house.steering.choose(request, self._tried)
-            if (pool := house.pools.get(choice.worker.name)) is None:
-                raise Lost("it has just left")
-            # One that lay idle may be closing: what changes a worker is not sent twice, so it is not sent there.
-            once = not self._may_repeat
-            connection = (None if once else pool.take_nowait()) or await pool.connect(once)
-            self._heard = now = house.loop.time()
-            self._connection = connection
-            head = request_head(
-                self._head,
-                pool.authority,
-                len(request.body),
-                self._id,
-                house.tenants.needed,
-                house.worker_key,
-            )
-            connection.send(request.method, head, request.body, self)
-            if self._client.paused:
-                connection.pause()
-            house.steering.sent(choice, now)
+            self._sent = request
+            choice = self._choice = await self._house.steering.choose(request, self._tried)
+            # A connection that lay idle may be closing: what changes a worker is not sent twice, so not over one.
+            await self._send(choice, new=not self._may_repeat)
+            self._house.steering.sent(choice, self._heard)
         except Busy as busy:
             self._end_badly(429 if busy.own_share else 503, str(busy), busy.retry_after_s)
         except Lost as lost:
             self._failed("unreachable", str(lost))
         except Exception:
             self._break_down()
+
+    async def _again(self, choice: Choice) -> None:
+        """The connection was closed for having lain idle as the request came: that says nothing of its worker."""
+        try:
+            await self._send(choice, new=True)
+        except Lost as lost:
+            self._failed("unreachable", str(lost))
+        except Exception:
+            self._break_down()
+
+    async def _send(self, choice: Choice, new: bool) -> None:
+        """To its worker, over any connection or a `new` one. Raises Lost."""
+        house, request, name = self._house, self._sent, choice.worker.name
+        if (pool := house.pools.get(name)) is None:
+            raise Lost("it has just left")
+        connection = None if new else pool.take_nowait()
+        self._old = connection is not None
+        if connection is None:
+            connection = await pool.connect(once=not self._may_repeat)
+            if house.pools.get(name) is not pool:
+                connection.abandon()
+                raise Lost("it has just left")
+        self._heard = house.loop.time()
+        self._connection = connection
+        keys = house.tenants.needed, house.worker_key
+        head = request_head(self._head, pool.authority, len(request.body), self._id, *keys)
+        connection.send(request.method, head, request.body, self)
+        if self._client.paused:
+            connection.pause()
 
     @property
     def _may_repeat(self) -> bool:
@@ -148,8 +164,16 @@ class Exchange:
     def answer(
         self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
     ) -> None:
+        try:
+            self._begun(status, fields, length, body, whole)
+        except Exception:  # out of here it would end the whole router
+            self._break_down()
+
+    def _begun(
+        self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
+    ) -> None:
         assert self._choice is not None
-        self._heard = self._house.loop.time()
+        self._heard, self._old = self._house.loop.time(), False
         if self._answer.started:  # the rest of a stream
             if status != 200:
                 self._let_go("cut", f"status {status} for the rest")
@@ -165,10 +189,17 @@ class Exchange:
 
     def more(self, body: bytes, whole: bool) -> None:
         self._heard = self._house.loop.time()
-        self._relay(b"", body, whole)
+        try:
+            self._relay(b"", body, whole)
+        except Exception:
+            self._break_down()
 
     def lost(self, why: str) -> None:
-        self._failed("cut" if self._answer.started else "no_answer", why)
+        if self._old and self._choice is not None:
+            self._connection, self._old = None, False
+            self._run(self._again(self._choice))
+        else:
+            self._failed("cut" if self._answer.started else "no_answer", why)
 
     def _let_go(self, outcome: Outcome, why: str) -> None:
         if self._connection is not None:
@@ -194,7 +225,14 @@ class Exchange:
         if body:
             self._house.steering.progressed(self._choice, body, self._heard)
         if self._stream is not None:
-            body = self._stream.take(body, whole)
+            try:
+                body = self._stream.take(body, whole)
+            except CannotContinue as reason:
+                if self._connection is not None:
+                    self._connection.abandon()
+                self._finish("cancelled")
+                self._ends_here(reason)
+                return
         out = begun + self._answer.body(body) if begun else self._answer.body(body)
         if whole:
             self._complete(out)  # first: what is learnt from it no client need wait for
@@ -241,14 +279,18 @@ class Exchange:
             if uncounted is not None:
                 counted = await count_tokens(self._house, self._request, uncounted, self._tried)
             rest = self._stream.go_on(asked, counted)
+            request = msgspec.structs.replace(self._request, body=msgspec.json.encode(rest), _json=rest)
         except CannotContinue as reason:
-            log.warning("request %s: not continued: %s", self._request.request_id, reason)
-            self._end_badly(502, f"the worker left in the middle of its answer, which ends here: {reason}")
+            self._ends_here(reason)
         except Exception:
             self._break_down()
         else:
             self._house.counts["continued"] += 1
-            await self._attempt(msgspec.structs.replace(self._request, body=msgspec.json.encode(rest), _json=rest))
+            await self._attempt(request)
+
+    def _ends_here(self, reason: CannotContinue) -> None:
+        log.warning("request %s: not continued: %s", self._request.request_id, reason)
+        self._end_badly(502, f"the worker left in the middle of its answer, which ends here: {reason}")
 
     def _break_down(self) -> None:
         """Something that should not happen: to this request alone."""

@@ -52,9 +52,12 @@ def _passed_on(head: Head, own_keys: bool, key: bytes | None) -> bytes:
 
 
 def response_head(
-    status: int, fields: Fields, request_id: bytes, length: int | None, chunked: bool, keep: bool
+    status: int, fields: Fields, request_id: bytes, length: int | None, chunked: bool, connection: bytes = b""
 ) -> bytes:
-    """What the client gets first. `length` None and not `chunked`: no body, or one that ends with the connection."""
+    """What the client gets first. `length` None and not `chunked`: no body, or one that ends with the connection.
+
+    `connection`: what becomes of it, where that goes without saying b"".
+    """
     lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
     lines += [b"%b: %b\r\n" % pair for pair in fields if pair[0] not in _NOT_RETURNED]
     lines.append(b"x-kvd-request-id: %b\r\n" % request_id)
@@ -62,7 +65,7 @@ def response_head(
         lines.append(b"transfer-encoding: chunked\r\n")
     elif length is not None:
         lines.append(b"content-length: %d\r\n" % length)
-    lines.append(b"\r\n" if keep else b"connection: close\r\n\r\n")
+    lines.append(b"connection: %b\r\n\r\n" % connection if connection else b"\r\n")
     return b"".join(lines)
 
 
