@@ -5,12 +5,13 @@ and removed is kept exactly, whatever order that came in: holders with holes in 
 
     match     exact for chained hashes (equal hashes mean equal prefixes: sglang.md 4.4): per holder, the number of
               blocks from the first on that it has, no hole before them. It takes one step per run on the way
-              (`runs`) and a binary search in the last one; nothing in it relies on a holder having no holes. A
-              holder that names wrong parents may be credited with other blocks than it claims, never with more of
-              them; others may be refused by its doing (see bounded), never credited with what they do not have.
+              (`runs`) and a binary search at forks; nothing in it relies on a holder having no holes, or on its
+              knowing parents: a block told without one lies where any other holder says. A holder that names wrong
+              parents may be credited with other blocks than it claims, never with more of them, and so may by its
+              doing those that name none; others may get less by it, or be refused (see bounded), never more.
     bounded   by `max_blocks` altogether and by `limit` per holder. Who goes beyond, or contradicts what is known (one
-              block under two parents: hashes collided, or a peer errs), is not exact from then on: nothing new is
-              taken from it until it is cleared, what it had stays, and `match` says at most the truth about it.
+              block under two parents that were named: hashes collided, or a peer errs), is not exact from then on:
+              nothing new is taken from it until it is cleared, what it had stays, and `match` says at most the truth.
     clear     at once: the holder's bit is retired, and swept from the runs a little with every store and clear.
 
 No clock, no I/O, no thread: one owner calls it.
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvd.router.holders import Holders
-from kvd.router.marking import give, take
+from kvd.router.marking import give, leading, take
 from kvd.router.runs import LOW, Runs
 
 _SWEPT_PER_STORE = 64  # besides two for each block stored, so that a sweep ends before as much again can come
@@ -60,12 +61,16 @@ class Index:
         """Whether everything that the holder said since its last clear is in here."""
         return holder not in self._inexact
 
+    def inexact(self) -> list[int]:
+        """The holders that are not exact."""
+        return list(self._inexact)
+
     def held(self, holder: int) -> int:
         """How many blocks the holder has."""
         return self._held.get(holder, 0)
 
     def store(self, holder: int, parent: int | None, hashes: Sequence[int]) -> bool:
-        """The holder has these consecutive blocks; `parent` comes before the first, None where nothing does.
+        """The holder has these consecutive blocks; `parent` comes before the first, None where nothing is known to.
 
         Returns `exact(holder)`: once that is False the holder has to be cleared and told anew. Raises OverflowError
         or TypeError, and changes nothing, where a hash is no signed 64-bit integer.
@@ -151,11 +156,13 @@ class Index:
                     return found
                 live = here
             blocks = columns[run]
+            if blocks[0] != block:
+                break  # another was put before it, by a parent named wrongly: no run counts twice
             end = at + len(blocks)
-            if end > total or blocks[-1] != chain[end - 1]:
-                at += _leading(blocks, chain, at)
-                break
-            at = end
+            if end <= total and blocks[-1] == chain[end - 1]:
+                at = end
+            else:
+                at += leading(blocks, chain, at)  # a fork: what follows may be known, but not that it does
         if at:
             found.update(dict.fromkeys(named(live), at))
         return found
@@ -245,15 +252,3 @@ class Index:
             return True
         places = (self._runs.get(block) for block in blocks)
         return held + sum(run is None or not self._runs.masks[run] & bit for run in places) <= limit
-
-
-def _leading(blocks: "array[int]", chain: Sequence[int], at: int) -> int:
-    """How many of a run's blocks the chain has from `at` on: hashes are chained, so a later one proves the earlier."""
-    low, high = 0, min(len(blocks), len(chain) - at)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if blocks[middle - 1] == chain[at + middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

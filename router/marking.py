@@ -3,17 +3,20 @@
 A holder is a bit here. Chains that several holders store and evict piece by piece stay a few runs long, because a
 piece moves to the neighbour that the same holders have (`Runs.rise`, `Runs.sink`) instead of becoming a run.
 
-Always true: what comes in is placed below the parent it named, or not at all; a parent that is not known yet stands
-there, held by nobody, until it comes or its children are gone. Nothing here is asked about room.
+Always true: what comes in is placed below the parent it named, or not at all; where it named none, below the one that
+another names, before or after. A parent that is not known yet stands there, held by nobody, until it comes or its
+children are gone. Nothing here is asked about room.
 """
 
 from array import array
+from collections.abc import Sequence
 
 from kvd.router.runs import ROOT, UNKNOWN, Runs
 
 
 def give(runs: Runs, bit: int, parent: int | None, blocks: "array[int]") -> tuple[int, bool]:
-    """A holder has these consecutive blocks, the first below `parent` (None: nothing comes before).
+    """A holder has these consecutive blocks, the first below `parent` (None: nothing comes before, or it is not known
+    what does).
 
     Returns how many of them are new for it, and whether all could be placed: the first that contradicts what is
     known, a block under two parents or before itself, ends it.
@@ -67,6 +70,18 @@ def take(runs: Runs, bit: int, blocks: "array[int]") -> int:
     return lost
 
 
+def leading(blocks: "array[int]", chain: Sequence[int], at: int) -> int:
+    """How many of a run's blocks the chain has from `at` on: hashes are chained, so a later one proves the earlier."""
+    low, high = 0, min(len(blocks), len(chain) - at)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks[middle - 1] == chain[at + middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _append(runs: Runs, run: int, end: int, bit: int, blocks: "array[int]") -> tuple[int, int]:
     """New blocks after the first `end` of a run. Returns the run they are in, and how many of them were new."""
     if run >= 0 and end < len(runs.blocks[run]):
@@ -77,20 +92,27 @@ def _append(runs: Runs, run: int, end: int, bit: int, blocks: "array[int]") -> t
 
 
 def _follow(runs: Runs, run: int, end: int, known: int, block: int) -> int | None:
-    """Where in the run `known` the block is that follows the first `end` of `run`; None where it cannot follow."""
+    """Where in the run `known` the block is that follows the first `end` of `run`; None where it cannot follow.
+
+    Below ROOT a block is wherever it is known to be: who names no parent may not know it. And what lies below ROOT
+    for that reason follows whatever is named first.
+    """
     blocks = runs.blocks[known]
     if run == known:
         return end if end < len(blocks) and blocks[end] == block else None
+    parent = runs.parents[known]
+    if run == ROOT and parent != UNKNOWN:
+        return runs.offset(known, block, len(blocks))
     if blocks[0] != block:
         return None
-    if runs.parents[known] == UNKNOWN:
-        if run >= 0 and runs.oldest(run) == known:
-            return None  # it would come before itself
-        if run >= 0 and end < len(runs.blocks[run]):
-            run, _ = runs.split(run, end)
-        runs.attach(known, run)
-        return 0
-    return 0 if runs.parents[known] == run and (run == ROOT or end == len(runs.blocks[run])) else None
+    if parent >= 0:
+        return 0 if parent == run and end == len(runs.blocks[run]) else None
+    if run >= 0 and runs.kids[known] and runs.oldest(run) == known:
+        return None  # it would come before itself
+    if run >= 0 and end < len(runs.blocks[run]):
+        run, _ = runs.split(run, end)
+    runs.attach(known, run)
+    return 0
 
 
 def _mark(runs: Runs, run: int, start: int, count: int, bit: int) -> tuple[int, int]:

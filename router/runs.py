@@ -18,7 +18,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-ROOT, UNKNOWN, FREE = -1, -2, -3  # parents that are no runs: nothing comes before; not yet known; not in use
+ROOT, UNKNOWN, FREE = -1, -2, -3  # parents that are no runs: none was named; not yet known; not in use
 LOW = (1 << 60) - 1  # 60 bits take 32 bytes instead of 48. Shifted down they do not: room is made before the shift
 _SHARDS = 256  # found by the upper 8 bits, of which a negative number's count from the end
 _TOPS = slice(7 if sys.byteorder == "little" else 0, None, 8)  # of an array's bytes: each block's upper 8 bits

@@ -67,6 +67,7 @@ class View:
         self.sources: dict[Identity, Known] = {}
         self.speeds: Sequence[wire.Speed] = ()  # of the node's tiers
         self.snapshots = self.replays = 0  # asked for
+        self.crowded = False  # a source found no room: some of those that are here may be gone
         self._index = index
         self._holders = holders
         self._numbers: dict[Identity, dict[str, int]] = {}  # of the holders, by medium
@@ -109,6 +110,11 @@ class View:
         """The connection broke: not exact until the node is heard again."""
         self._heard_at = -1e9
 
+    def renew(self) -> None:
+        """Have all of it told anew, though nothing is missing: what found no room may find some now."""
+        if self._state is _Snapshot.DONE:
+            self._start_over()
+
     def batch(self, seq: int, batch: Brief, now: float) -> None:
         """A batch, published or repeated. Raises PeerError where a part of a snapshot waited for it and is wrong."""
         self._heard_at = now
@@ -143,11 +149,10 @@ class View:
             self._start_over()
 
     def replay_ended(self, now: float) -> None:
-        """All that the node could repeat has come."""
-        self._heard_at = now
+        """All that the node could repeat has come. No sign of life by itself: it does not say of which life it is."""
         if self._gap and self.seq == self._asked_from:
             self._start_over()
-        else:
+        elif now - self._heard_at <= SILENT_S:
             self._asked_at = -1e9
 
     def close(self) -> None:
@@ -225,6 +230,8 @@ class View:
             self.speeds = source.speeds
         elif identity in self.sources or len(self.sources) < MOST_SOURCES:
             self.sources[identity] = Known(source, why)
+        else:
+            self.crowded = True
         return identity
 
     def _number(self, identity: Identity, medium: str) -> int | None:
@@ -248,4 +255,5 @@ class View:
                 self._holders.forget(Place(self.node, *identity, medium))
         self._numbers.clear()
         self.sources.clear()
+        self.crowded = False
         self._head = None

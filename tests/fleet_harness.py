@@ -157,8 +157,9 @@ class Proxied(World):
 class Publishing:
     """A mock worker that publishes KV events: scripted ones."""
 
-    def __init__(self, model: Path, block: int = BLOCK) -> None:
-        self.events = ScriptedWorker()
+    def __init__(self, model: Path, block: int = BLOCK, steps: int = 1000) -> None:
+        """`steps`: how many batches it can repeat."""
+        self.events = ScriptedWorker(steps=steps)
         self.mock = MockWorker(model=str(model), info=describes(model, self.events, block))
         self.url = self.mock.url
 

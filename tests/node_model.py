@@ -93,9 +93,11 @@ class Seen:
         node.sent.clear()
 
     def heal(self, node: ModelNode) -> None:
-        """Ask and answer until nothing is missing."""
+        """Ask and answer until nothing is missing, while the node says that it is there."""
         for _ in range(8):
             self.now += ASK_AGAIN_S
+            node.stream.say(wire.Source())
+            self.hear(node)
             wanted = self.view.ask(self.now)
             if wanted is None:
                 return
@@ -106,5 +108,4 @@ class Seen:
                 for seq, batch in node.replay(wanted.start):
                     self.view.batch(seq, batch, self.now)
                 self.view.replay_ended(self.now)
-            self.hear(node)
         raise AssertionError(f"still not exact: {self.why}")

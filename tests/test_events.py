@@ -1,9 +1,11 @@
 """A node's stream of prefix events: a real kvd between scripted workers with SGLang's frames and a router's view."""
 
+import asyncio
 import json
+import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 import zmq
 
 from kvd import wire
+from kvd.daemon.discovery import Address
+from kvd.daemon.publisher import Publisher
 from tests.event_stream import Router, ScriptedWorker
 from tests.harness import Daemon, PluginProcess, span
 from tests.kvdctl import RawWorker
@@ -86,6 +90,58 @@ def test_a_worker_without_replay_is_not_exact_until_it_clears() -> None:
             router.until(lambda: worker.do("clear") or not router.source_why(worker.url))
             worker.do("store", 2)
             router.until(lambda: router.held(worker.url) == {2: None})
+
+
+@contextmanager
+def publisher(worker: ScriptedWorker, replay: bool = True) -> Iterator[Callable[..., None]]:
+    """kvd's connection to a worker, without a kvd: what lets it go on until something holds, on a clock that may be
+    ahead of the real one."""
+    loop, context = asyncio.new_event_loop(), zmq.Context()
+    base = int(worker.url.rpartition(":")[2])
+    at = Address(0, f"tcp://127.0.0.1:{base + 1}", f"tcp://127.0.0.1:{base + 2}" if replay else None, "kv-events", 4)
+    ahead_s = 0.0
+
+    async def opened() -> Publisher:
+        return Publisher(context, worker.url, at, 1000, lambda *_: None)
+
+    async def go_on(holds: Callable[[Publisher], bool], step_s: float) -> None:
+        nonlocal ahead_s
+        for _ in range(1000):
+            if holds(found):
+                return
+            ahead_s += step_s
+            found.tick(time.monotonic() + ahead_s)
+            await asyncio.sleep(0.01)
+        raise AssertionError(found.why)
+
+    found = loop.run_until_complete(opened())
+    try:
+        yield lambda holds, step_s=0.0: loop.run_until_complete(go_on(holds, step_s))
+    finally:
+        found.close()
+        context.term()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+def test_a_worker_that_hangs_is_not_exact_until_it_answers() -> None:
+    with ScriptedWorker() as worker, publisher(worker) as until:
+        worker.do("store", 1, 2)
+        until(lambda one: not one.why and one.held == {"GPU": {1: None, 2: 1}})
+        assert worker._process is not None
+        worker._process.send_signal(signal.SIGSTOP)
+        until(lambda one: "does not answer" in one.why, 0.5)
+        worker._process.send_signal(signal.SIGCONT)
+        worker.do("store", 3)
+        until(lambda one: not one.why and 3 in one.held["GPU"])
+
+
+def test_a_worker_that_cannot_repeat_anything_is_not_doubted_for_being_idle() -> None:
+    with ScriptedWorker(replay=False) as worker, publisher(worker, replay=False) as until:
+        until(lambda one: worker.do("clear") or not one.why)
+        ticks = iter(range(100))
+        until(lambda one: bool(one.why) or next(ticks) == 99, 1.0)
+        until(lambda one: not one.why)
 
 
 def test_pages_in_ram_reach_a_router_and_heal_after_kill_9_of_kvd() -> None:

@@ -3,8 +3,10 @@
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 from kvd import wire
+from kvd.daemon import holdings
 from kvd.daemon.holdings import MOST_NAMESPACES, Holdings, block_hash
 from kvd.daemon.labels import Labels
 from kvd.daemon.mirror import Blocks
@@ -118,6 +120,18 @@ def test_chains_are_said_together_and_nothing_within_the_request() -> None:
     assert (listener.said, listener.woken) == (2, 2)
 
 
+def test_a_parent_that_one_tier_knows_is_told_for_all() -> None:
+    listener = Listener()
+    first, second = (bytes(16) + key for key in KEYS[0][:2])
+    listener.holdings.came(wire.NVME, second, KEYS[0][0])
+    for medium in (wire.NVME, wire.SHARED):
+        for name in (first, second):
+            listener.holdings.came(medium, name)
+    listener.drain()
+    chain = {block_hash(KEYS[0][0]): None, block_hash(KEYS[0][1]): block_hash(KEYS[0][0])}
+    assert listener.held == {bytes(16).hex(): {wire.NVME: chain, wire.SHARED: chain}}
+
+
 def test_a_namespace_is_described_once_a_worker_says_what_it_is() -> None:
     listener = Listener(labels=(labels := Labels()))
     known = spec(1)
@@ -144,9 +158,78 @@ def test_what_does_not_fit_is_not_known_and_said_so(namespaces: int) -> None:
     assert {why for _, why in listener.sources.values()} == {""}
 
 
+def test_what_did_not_fit_once_is_forgotten_when_it_has_left() -> None:
+    listener = Listener(most_blocks=5)
+    names = [bytes(16) + key for key in KEYS[0][:8]]
+    for name in names:
+        listener.holdings.came(wire.NVME, name)
+    for name in [names[0], *names[5:7], names[6]]:  # the last one is told twice
+        listener.holdings.left(wire.NVME, name)
+    listener.drain()
+    (why,) = (why for _, why in listener.sources.values())
+    assert "more than 5 pages" in why, "one is there and not known"
+    listener.holdings.came(wire.NVME, names[7])
+    listener.drain()
+    ((_, why),) = listener.sources.values()
+    assert (why, listener.holdings.blocks) == ("", 5)
+
+
+def test_more_than_can_be_remembered_of_what_did_not_fit_stays_unknown_until_the_tier_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holdings, "_MOST_REFUSED", 2)
+    listener = Listener(most_blocks=1)
+    names = [bytes(16) + key for key in KEYS[0][:5]]
+    for _ in range(2):
+        for name in names:
+            listener.holdings.came(wire.NVME, name)
+        for name in names:
+            listener.holdings.left(wire.NVME, name)
+        listener.drain()
+        ((_, why),) = listener.sources.values()
+        assert "more than 1 pages" in why
+        listener.holdings.forgotten(wire.NVME)
+        listener.drain()
+        ((_, why),) = listener.sources.values()
+        assert why == ""
+
+
 def test_namespaces_without_end_are_bounded() -> None:
     listener = Listener()
     for n in range(MOST_NAMESPACES + 10):
         listener.holdings.came(wire.RAM, n.to_bytes(16) + KEYS[0][0])
     listener.drain()
     assert len(listener.sources) == MOST_NAMESPACES
+    assert listener.holdings.untold == 10
+
+
+def test_a_namespace_that_holds_nothing_makes_room_for_another() -> None:
+    listener = Listener()
+    for n in range(MOST_NAMESPACES):
+        listener.holdings.came(wire.RAM, n.to_bytes(16) + KEYS[0][0])
+    for n in (3, 4):
+        listener.holdings.left(wire.RAM, n.to_bytes(16) + KEYS[0][0])
+    listener.drain()
+    listener.holdings.tick({(4).to_bytes(16): ("http://a:1",)})
+    for n in (5000, 5001):
+        listener.holdings.came(wire.RAM, n.to_bytes(16) + KEYS[0][0])
+    listener.drain()
+    assert listener.held[(5000).to_bytes(16).hex()][wire.RAM]
+    assert (5001).to_bytes(16).hex() not in listener.held, "a worker is attached with the other one"
+    listener.holdings.tick({})
+    listener.holdings.came(wire.RAM, (5001).to_bytes(16) + KEYS[0][0])
+    listener.drain()
+    assert listener.held[(5001).to_bytes(16).hex()][wire.RAM]
+    assert len(listener.holdings.sources()) == MOST_NAMESPACES
+
+
+def test_scratch_namespaces_are_not_told_of() -> None:
+    listener = Listener(labels=(labels := Labels()))
+    scratch = replace(spec(1), scratch=True)
+    labels.add(scratch)
+    listener.holdings.came(wire.RAM, scratch.digest + KEYS[0][0])
+    listener.drain()
+    labels.forget(scratch.digest)
+    listener.holdings.left(wire.RAM, scratch.digest + KEYS[0][0])
+    listener.drain()
+    assert (listener.sources, listener.holdings.untold, listener.holdings.sources()) == ({}, 0, [])

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from kvd import wire
-from kvd.router.fleet import fleet, membership, watch
+from kvd.router.fleet import fleet, membership, nodes, watch
 from kvd.router.fleet.nodes import NodeAt
 from kvd.router.rates import LOAD
+from kvd.router.tokens.blocks import Scheme
+from kvd.router.tokens.blocks import hashes as named
+from kvd.router.tokens.outcome import Namespace
 from tests import router_models
 from tests.fleet_harness import Publishing, World, describes, node
-from tests.harness import PluginProcess, span
+from tests.harness import PluginProcess, eventually, span
 from tests.kvdctl import RawWorker
 from tests.router_harness import MockWorker
 
@@ -93,6 +96,19 @@ def test_a_server_under_two_names_is_credited_under_neither(worker: Publishing) 
         assert world.has([11]) == {}
 
 
+def test_a_second_name_that_drains_takes_no_credit_from_its_server(worker: Publishing) -> None:
+    worker.events.do("store", 11)
+    named = worker.url.replace("127.0.0.1", "localhost")
+    with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
+        world.until(lambda: world.has([11]) == {worker.url: (4, 0, 0, 0, 0)})
+        world.order(world.fleet.add, named)
+        world.until(lambda: world.view(named).state == "serving" and world.has([11]) == {})
+        assert named in [world.chosen().worker.name for _ in range(4)], "it has a stream, and so stays a while"
+        world.order(world.fleet.drain, named)
+        world.until(lambda: world.has([11]) == {worker.url: (4, 0, 0, 0, 0)})
+        assert (world.view(named).credit, world.view(named).why) == (False, "it drains")
+
+
 def test_workers_of_a_node_join_and_leave_with_it(worker: Publishing, model: Path) -> None:
     with Publishing(model) as other, node(worker.url, other.url) as (kvd, at), World(nodes=[at]) as world:
         fleet = world.fleet
@@ -156,6 +172,39 @@ def test_pages_of_a_nodes_own_tiers_count_for_the_workers_attached_with_their_na
             assert world.has(blocks) == {}, "nobody said whose rank it is"
 
 
+def test_pages_of_requests_without_a_key_do_not_count_for_one_that_has_one(model: Path) -> None:
+    scheme, ids = Scheme(16), list(range(96))
+    key = Namespace(extra_key="b")
+    events, stored = named(ids, scheme.names(key)), named(ids, scheme.stores(key))
+    with (
+        Publishing(model, block=16) as worker, node(worker.url) as (kvd, at), World(worker.url, nodes=[at]) as world,
+        RawWorker(kvd, server=f"{worker.mock.port}-{worker.mock.seed}") as rank,
+    ):  # fmt: skip
+        assert hashes(rank.put(6)) == list(events) != list(stored)
+        world.until(lambda: world.has(list(events)) == {worker.url: (0, 96, 0, 0, 0)})
+        assert world.has(list(events), stored=stored) == {}
+        worker.events.do("store", *events[:2])
+        world.until(lambda: world.has(list(events), stored=stored) == {worker.url: (32, 0, 0, 0, 0)})
+
+
+def test_pages_that_a_node_found_on_its_disk_take_nothing_from_its_workers(model: Path, tmp_path: Path) -> None:
+    """It does not know their parents; the worker tells them."""
+    disk = {"nvme__path": tmp_path / "nvme", "nvme__size_bytes": 64 << 20, "nvme__segment_bytes": 1 << 20}
+    with Publishing(model, block=16) as worker:
+        with node(worker.url, **disk, nvme__write_delay_s=0.05) as (kvd, _), RawWorker(kvd) as rank:
+            blocks = hashes(rank.put(6))
+            eventually(lambda: kvd.status().tiers[1].pages == 6, 15, "on disk")
+        with (
+            node(worker.url, **disk) as (kvd, at), World(worker.url, nodes=[at]) as world,
+            RawWorker(kvd, server=f"{worker.mock.port}-{worker.mock.seed}"),
+        ):  # fmt: skip
+            world.until(lambda: world.has(blocks) == {worker.url: (0, 0, 96, 0, 0)})
+            worker.events.do("store", *blocks)
+            world.until(lambda: world.has(blocks) == {worker.url: (96, 0, 96, 0, 0)})
+            worker.events.do("store", 71, 72, 73)
+            world.until(lambda: world.has([71, 72, 73]) == {worker.url: (48, 0, 0, 0, 0)})
+
+
 def test_what_loading_takes_is_what_the_node_has_measured(worker: Publishing, tmp_path: Path) -> None:
     disk = {"nvme__path": tmp_path / "nvme", "nvme__size_bytes": 64 << 20, "nvme__segment_bytes": 1 << 20}
     with (
@@ -210,9 +259,41 @@ def test_a_worker_that_holds_more_than_it_says_it_can_is_not_believed(worker: Pu
         worker.events.do("store", *range(100, 140))
         world.until(lambda: world.fleet.describe()["index_inexact"] == 1)
         assert world.has([1, 2]) == {}
+        world.until(lambda: "more blocks than it says it can hold" in world.view(worker.url).why)
         worker.events.do("clear")
         worker.events.do("store", 5)
         world.until(lambda: world.has([5]) == {worker.url: (4, 0, 0, 0, 0)})
+        world.until(lambda: world.view(worker.url).credit)
+
+
+def test_who_found_no_room_in_the_index_is_told_anew_once_there_is_some(
+    worker: Publishing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "HEAL_S", 0.5)
+    with node(worker.url) as (_, at), World(worker.url, nodes=[at], index_blocks=20) as world:
+        worker.events.do("store", 1, 2)
+        worker.events.do("store", *range(100, 140))
+        world.until(lambda: world.fleet.describe()["index_inexact"] == 1)
+        world.until(lambda: "index_blocks" in world.view(worker.url).why)
+        worker.events.do("store", 5)
+        worker.events.do("remove", *range(100, 140))
+        world.until(lambda: world.has([1, 2]) == {worker.url: (8, 0, 0, 0, 0)})
+        assert world.has([5]) == {worker.url: (4, 0, 0, 0, 0)}
+        world.until(lambda: world.view(worker.url).credit)
+
+
+def test_no_credit_is_said_where_the_node_does_not_know_all_that_a_worker_holds(model: Path) -> None:
+    with Publishing(model, steps=2) as worker:
+        for n in range(5):
+            worker.events.do("store", 10 + n)
+        with node(worker.url) as (_, at), World(worker.url, nodes=[at]) as world:
+            world.until(lambda: world.fleet.manner(worker.url) and "before kvd listened" in world.view(worker.url).why)
+            assert (world.has([14]), world.view(worker.url).credit) == ({}, False)
+            assert "flush" in world.view(worker.url).remedy
+            worker.events.do("clear")
+            worker.events.do("store", 5)
+            world.until(lambda: world.has([5]) == {worker.url: (4, 0, 0, 0, 0)})
+            assert world.view(worker.url).credit
 
 
 def test_a_node_that_is_not_there_harms_nobody(worker: Publishing, tmp_path: Path) -> None:

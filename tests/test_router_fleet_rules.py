@@ -56,6 +56,12 @@ def test_what_is_not_certain_is_not_linked_and_says_why(stated: dict[str, Stated
         assert why in link.why
 
 
+def test_one_rank_that_names_blocks_otherwise_is_enough() -> None:
+    ranks = [source("x"), replace(source("x"), rank=1, strange=True), replace(source("x"), rank=2)]
+    assert "name blocks otherwise" in links({ONE: Stated("x", 16)}, {"n": ranks})[ONE].why
+    assert links({ONE: Stated("x", 16)}, {"n": ranks[:1], "m": ranks[1:]})[ONE].member == Member("n", HERE, 16)
+
+
 def test_names_that_depend_on_what_is_not_told_are_nobodys_fault() -> None:
     strange = {"n": [replace(source("x"), strange=True)]}
     assert links({ONE: Stated("x", 16, "dynamo")}, strange)[ONE].member == Member("n", HERE, 16, frozenset())

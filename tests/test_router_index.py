@@ -153,8 +153,8 @@ def test_many_stretches_at_once_are_as_one_after_the_other() -> None:
 def test_one_block_under_two_parents_is_a_contradiction() -> None:
     index = Index(10_000)
     assert index.store(1, None, CHAIN[:10])
-    for parent, hashes in ((None, CHAIN[3:5]), (CHAIN[7], CHAIN[2:3]), (CHAIN[9], CHAIN[:2]), (OTHER[0], CHAIN[4:6]),
-                           (None, [OTHER[1], OTHER[2], OTHER[1]])):  # fmt: skip
+    for parent, hashes in ((CHAIN[4], CHAIN[3:5]), (CHAIN[7], CHAIN[2:3]), (CHAIN[9], CHAIN[:2]),
+                           (OTHER[0], CHAIN[4:6]), (None, [OTHER[1], OTHER[2], OTHER[1]])):  # fmt: skip
         assert not index.store(2, parent, hashes)
         index.clear(2)
         assert index.match(CHAIN) == {1: 10}
@@ -162,6 +162,55 @@ def test_one_block_under_two_parents_is_a_contradiction() -> None:
     assert not index.store(3, OTHER[7], OTHER[5:6]), "a block that comes before itself"
     index.clear(3)
     assert swept(index).stats().blocks == 10
+
+
+@pytest.mark.parametrize("order", ["tier first", "worker first"])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_who_does_not_know_parents_says_the_same_as_who_does(order: str, turn: int) -> None:
+    """As kvd's tiers do of pages that came from a disk."""
+    index = Index(10_000)
+    if order == "worker first":
+        assert index.store(1, None, CHAIN[:40])
+    for block in CHAIN[:30][::turn]:
+        assert index.store(2, None, [block])
+    for at in range(0, 40, 10):
+        assert index.store(1, CHAIN[at - 1] if at else None, CHAIN[at : at + 10])
+    assert index.store(1, CHAIN[9], OTHER[:5])
+    assert index.match(CHAIN) == {1: 40, 2: 30}
+    assert index.match([*CHAIN[:10], *OTHER]) == {1: 15, 2: 10}
+    index.remove(1, CHAIN[:40])
+    index.remove(2, CHAIN[20:25])
+    assert index.match(CHAIN) == {2: 20}
+    index.clear(1)
+    index.clear(2)
+    assert swept(index).stats().blocks == 0
+
+
+def test_what_follows_a_fork_counts_though_nobody_said_that_it_follows() -> None:
+    index = Index(10_000)
+    assert index.store(1, None, [*CHAIN[:5], *OTHER[:5]])
+    for block in [*CHAIN[:10], *OTHER[:5]]:
+        assert index.store(2, None, [block])
+    assert index.match(CHAIN) == {1: 5, 2: 10}
+    swept(index)
+
+
+def test_no_run_counts_twice_for_a_chain_that_a_peer_has_mixed_up() -> None:
+    index = Index(10_000)
+    assert index.store(1, None, [1, 2, 3, 4])
+    assert index.match([1, 8, 9, 4, 8, 2]) == {1: 4}, "hashes are chained: who names such parents has some of them"
+    assert index.match([2, 3]) == index.match([4]) == {}
+    assert index.match([1, 8, 9, 4, 5, 3, 2, 4]) == {1: 4}
+    swept(index)
+
+
+def test_a_match_ends_at_a_block_that_a_peer_put_behind_another() -> None:
+    index = Index(10_000)
+    assert index.store(1, None, [OTHER[0], *CHAIN[:3]])
+    assert index.match(CHAIN) == {}
+    assert index.store(2, None, CHAIN[:3])
+    assert index.match(CHAIN).get(2) == 3, "which does no harm to those that begin there"
+    swept(index)
 
 
 def test_a_block_takes_at_most_120_bytes_however_many_have_it() -> None:

@@ -6,7 +6,7 @@ from kvd import wire
 from kvd.daemon.stream import Stream
 from kvd.errors import PeerError
 from kvd.router.numbering import Place
-from kvd.router.view import MOST_SOURCES, SILENT_S
+from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, Ask
 from kvd.sglang_events import GPU, Cleared
 from tests.node_model import ModelNode, ModelWorker, Seen, read
 from tests.publisher_model import removed, stored
@@ -72,7 +72,7 @@ def test_a_lost_batch_is_repeated(node: ModelNode, seen: Seen) -> None:
     node.sent.clear()
     node.say(node.workers[0], stored([2], 1))
     seen.hear(node)
-    assert seen.why == "batches from 0 on are missing"
+    assert seen.why == f"batches from {seen.view.seq + 1} on are missing"
     seen.heal(node)
     assert seen.why == ""
     assert seen.held == node.truth
@@ -113,6 +113,65 @@ def test_silence_and_a_broken_connection_are_not_exact(node: ModelNode, seen: Se
     assert "connection broke" in seen.why
     seen.heal(node)
     assert seen.why == ""
+
+
+def test_the_answer_of_another_life_makes_nothing_exact_of_the_one_before(node: ModelNode, seen: Seen) -> None:
+    """A node that started again has nothing to repeat from there on: its answer is an end, of no life."""
+    seen.view.doubt()
+    seen.now += ASK_AGAIN_S
+    assert seen.view.ask(seen.now) == Ask(seen.view.seq + 1, 0)
+    seen.view.replay_ended(seen.now)
+    assert "connection broke" in seen.why
+    assert seen.view.ask(seen.now) is None, "not at once again"
+    seen.now += ASK_AGAIN_S
+    assert seen.view.ask(seen.now) is not None
+    node.stream.say(wire.Source())
+    seen.hear(node)
+    assert seen.why == ""
+
+
+def test_an_idle_node_stays_exact_and_is_asked_nothing(node: ModelNode, seen: Seen) -> None:
+    asked = seen.view.replays
+    for _ in range(20):
+        seen.now += 1.0
+        node.stream.say(wire.Source())
+        seen.hear(node)
+        assert (seen.why, seen.view.ask(seen.now)) == ("", None)
+    assert (seen.view.snapshots, seen.view.replays) == (1, asked)
+
+
+def test_a_source_that_is_replaced_while_a_snapshot_is_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PART_BLOCKS", 2)
+    for parts_before in range(4):
+        node = ModelNode(1, 100, [before := ModelWorker("http://a")])
+        node.say(before, stored([1, 2, 3, 4]))
+        seen = Seen()
+        wanted = seen.view.ask(seen.now)
+        assert wanted is not None
+        parts = node.snapshot(wanted.request)
+        for _ in range(parts_before):
+            seen.view.part(next(parts), seen.now)
+        node.stream.say(before.source, [Cleared()], "its events come from elsewhere now")
+        node.workers[0] = after = ModelWorker("http://a")
+        node.say(after, stored([77]))
+        for part in parts:
+            seen.view.part(part, seen.now)
+        seen.hear(node)
+        assert seen.why == seen.view.sources["http://a", 0, ""].why == ""
+        assert seen.held == node.truth == {Place("n", "http://a", 0, "", GPU): {77: None}}
+
+
+def test_all_is_told_anew_when_that_is_wanted(node: ModelNode, seen: Seen) -> None:
+    node.say(node.workers[0], stored([1, 2]))
+    seen.hear(node)
+    seen.index.clear(seen.holders.number(Place("n", "http://a", 0, "", GPU)))  # type: ignore[arg-type]
+    seen.view.renew()
+    assert seen.why == "no snapshot has come yet"
+    node.say(node.workers[0], stored([3], 2))
+    seen.hear(node)
+    seen.view.renew()
+    seen.heal(node)
+    assert (seen.why, seen.held, seen.view.snapshots) == ("", node.truth, 2)
 
 
 def test_what_the_node_does_not_know_exactly_is_passed_on(node: ModelNode, seen: Seen) -> None:
@@ -164,4 +223,5 @@ def test_sources_without_end_are_bounded(seen: Seen) -> None:
         for message in stream.flush(1.0):
             seen.view.batch(*read(message), seen.now)
     assert len(seen.view.sources) == MOST_SOURCES
+    assert seen.view.crowded
     assert len(seen.held) == MOST_SOURCES - 2, "two were there before, and hold nothing"

@@ -163,6 +163,7 @@ class Fate:
     def _heal(self) -> None:
         self._coming = iter(())
         self._seen.heal(self._node)
+        self._truths[self._node.stream.seq] = self._node.truth
 
 
 def test_exact_means_true_for_any_fate_of_messages() -> None:

@@ -71,6 +71,7 @@ class Events:
         self._counters["event_publishers"] = len(publishers)
         self._counters["event_publishers_exact"] = sum(publisher.mirror.exact for publisher in publishers)
         self._counters["event_publishers_strange"] = sum(publisher.source.strange for publisher in publishers)
+        self._counters["event_pages_untold"] = self.holdings.untold
         self._counters["event_batches_lost"] = sum(publisher.mirror.lost for publisher in publishers)
 
     def close(self) -> None:

@@ -5,7 +5,8 @@ A page is known here by the first 8 bytes of its key, which is SGLang's event ha
 namespace is a source of its own: the same hash in two namespaces means other bytes.
 
 Always true after a full `drain`: these are the pages that a lookup would be answered from. Bounded: what does not fit
-is not known here, and its namespace says so.
+is not known here, and its namespace says so until all of that has left. Not told of: scratch namespaces, which are
+one session's and gone soon.
 """
 
 from collections import deque
@@ -22,6 +23,7 @@ from kvd.sglang_events import NO_TOKENS, AnyEvent, Cleared, Removed, Stored
 MOST_NAMESPACES = 1024
 _MOST_NOTED = 1 << 18  # changes that may wait for `drain`
 _AT_ONCE = 1024
+_MOST_REFUSED = 1 << 16  # pages that did not fit whose names are kept, to know when none is left
 _FORGOTTEN = b""
 
 Say = Callable[[wire.Source, Sequence[AnyEvent], str], None]
@@ -37,7 +39,13 @@ class Namespace:
         self.spec: wire.NamespaceSpec | None = None
         self.why = ""
         self.held: dict[str, Blocks] = {}
+        self.refused: dict[str, set[int | None]] = {}  # what did not fit; None: and more than can be remembered
         self.events: list[AnyEvent] = []  # to be said
+
+    @property
+    def idle(self) -> bool:
+        """Nothing would be lost with it."""
+        return not (any(self.held.values()) or self.refused or self.events or self.source.workers)
 
     def describe(self, spec: wire.NamespaceSpec | None, workers: tuple[str, ...] = ()) -> None:
         self.spec = spec
@@ -70,13 +78,15 @@ class Holdings:
 
     def __init__(self, most_blocks: int, labels: Labels, say: Say, wake: Callable[[], None]) -> None:
         self.blocks = 0
+        self.untold = 0  # pages that nobody was told of, nor that they are not: for their namespace there was no room
         self._most_blocks = most_blocks
         self._labels = labels
         self._say = say
         self._wake = wake
         self._noted: deque[Change] = deque()
         self._namespaces: dict[bytes, Namespace] = {}
-        self._unknown = False  # a namespace found no room
+        self._refused = 0  # pages that are remembered as such
+        self._crowded = False  # no namespace was idle when another came
 
     def __len__(self) -> int:
         """Changes that wait."""
@@ -115,7 +125,7 @@ class Holdings:
             if name == _FORGOTTEN:
                 touched.update(self._forget(medium))
                 continue
-            namespace = self._namespace(name[:NAMESPACE_BYTES])
+            namespace = self._namespace(name[:NAMESPACE_BYTES], parent is not None)
             if namespace is None:
                 continue
             value = block_hash(name[NAMESPACE_BYTES:])
@@ -124,6 +134,8 @@ class Holdings:
             elif namespace.held.get(medium, {}).pop(value, self) is not self:
                 self.blocks -= 1
                 namespace.remove(medium, value)
+            else:
+                self._forgive(namespace, medium, value)
             touched[namespace.digest] = namespace
         self._tell(touched.values())
         return bool(self._noted)
@@ -131,6 +143,7 @@ class Holdings:
     def tick(self, attached: Mapping[bytes, tuple[str, ...]]) -> None:
         """Say what has become known of the namespaces; `attached`: the workers' URLs by namespace."""
         changed: list[Namespace] = []
+        self._crowded = False
         for digest, namespace in self._namespaces.items():
             spec, workers = self._labels.get(digest) or namespace.spec, attached.get(digest, ())
             if spec is not namespace.spec or workers != namespace.source.workers:
@@ -145,33 +158,72 @@ class Holdings:
             events, namespace.events = namespace.events, []
             self._say(namespace.source, events, namespace.why)
 
-    def _namespace(self, digest: bytes) -> Namespace | None:
+    def _namespace(self, digest: bytes, comes: bool) -> Namespace | None:
         found = self._namespaces.get(digest)
-        if found is None and len(self._namespaces) < MOST_NAMESPACES:
-            found = self._namespaces[digest] = Namespace(digest)
+        if found is None and comes:
             spec = self._labels.get(digest)
+            if spec is not None and spec.scratch:
+                return None
+            if not self._room():
+                self.untold += 1
+                return None
+            found = self._namespaces[digest] = Namespace(digest)
             if spec is not None:
                 found.describe(spec)
         return found
 
+    def _room(self) -> bool:
+        """For another namespace; idle ones are forgotten for it. They are looked for once a tick at most, in vain."""
+        if len(self._namespaces) >= MOST_NAMESPACES and not self._crowded:
+            self._namespaces = {digest: one for digest, one in self._namespaces.items() if not one.idle}
+            self._crowded = len(self._namespaces) >= MOST_NAMESPACES
+        return len(self._namespaces) < MOST_NAMESPACES
+
     def _store(self, namespace: Namespace, medium: str, value: int, parent: int | None) -> None:
-        held = namespace.held.get(medium, {})
-        if value not in held:
+        if value not in namespace.held.get(medium, {}):
             if self.blocks >= self._most_blocks:
-                namespace.why = (
-                    f"kvd's tiers hold more than {self._most_blocks} pages; events.most_blocks allows no more"
-                )
+                self._refuse(namespace, medium, value)
                 return
+            self._forgive(namespace, medium, value)
             self.blocks += 1
+        if parent is None:  # a tier below does not tell it, but another may have
+            known = (blocks.get(value) for blocks in namespace.held.values())
+            parent = next((one for one in known if one is not None), None)
         namespace.store(medium, value, parent)
 
+    def _refuse(self, namespace: Namespace, medium: str, value: int) -> None:
+        refused = namespace.refused.setdefault(medium, set())
+        if value not in refused and self._refused >= _MOST_REFUSED:
+            refused.add(None)
+        elif value not in refused:
+            refused.add(value)
+            self._refused += 1
+        namespace.why = f"kvd's tiers hold more than {self._most_blocks} pages; events.most_blocks allows no more"
+
+    def _forgive(self, namespace: Namespace, medium: str, value: int) -> None:
+        """This page is not missing here, or not any more."""
+        refused = namespace.refused.get(medium)
+        if refused is not None and value in refused:
+            refused.remove(value)
+            self._refused -= 1
+            if not refused:
+                self._all_known(namespace, medium)
+
+    def _all_known(self, namespace: Namespace, medium: str) -> None:
+        self._refused -= len(namespace.refused.pop(medium, set()) - {None})
+        if not namespace.refused:
+            namespace.why = ""
+
     def _forget(self, medium: str) -> dict[bytes, Namespace]:
-        touched = {digest: found for digest, found in self._namespaces.items() if medium in found.held}
+        touched = {
+            digest: found
+            for digest, found in self._namespaces.items()
+            if medium in found.held or medium in found.refused
+        }
         for namespace in touched.values():
-            self.blocks -= len(namespace.held.pop(medium))
+            self.blocks -= len(namespace.held.pop(medium, ()))
+            self._all_known(namespace, medium)
             namespace.events.append(Cleared(medium=medium))
-            if not namespace.held:
-                namespace.why = ""
         return touched
 
 

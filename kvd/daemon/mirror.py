@@ -20,6 +20,7 @@ MOST_MEDIA = 8
 _REMEMBERED = 4096  # batches, by number and time
 _EARLY = 1024  # batches that may wait for those before them
 UNREADABLE = Batch(0.0, [])  # in place of a batch that could not be decoded: a hole in the history
+BROKE = "the connection to the worker broke; what was missed is being asked for"
 _LOST = "events from batch {} on were lost; they are being asked for"
 _RESTARTED = "the worker started again; its events are being asked for"
 
@@ -59,11 +60,11 @@ class Mirror:
         """From which number on the publisher should repeat its batches; None: nothing is missing."""
         return self._ask
 
-    def doubt(self) -> None:
+    def doubt(self, why: str = BROKE) -> None:
         """The connection broke: something may have been missed, the publisher may have started again."""
         self.check()
         self._early.clear()
-        self.why = "the connection to the worker broke; what was missed is being asked for"
+        self.why = why
 
     def check(self) -> None:
         """After a silence, or a replay that did not end: ask whether there is anything new."""

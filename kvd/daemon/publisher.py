@@ -23,6 +23,7 @@ log = logging.getLogger("kvd.events")
 
 CHECK_AFTER_S = 10.0  # of silence: a batch that was lost may have been the last one
 _BEGIN_S, _PAUSE_S, _AGAIN_S = 5.0, 1.0, 1.0  # until a replay begins, within it, and between two
+_MOST_UNENDED = 2  # of those: a publisher that is alive repeats what it has, whatever its worker does
 _QUEUE = 10_000  # batches ahead of us; what is dropped beyond is asked for again
 
 Say = Callable[[wire.Source, Sequence[AnyEvent], str], None]
@@ -44,6 +45,7 @@ class Publisher:
         self._replay: Pump | None = None
         self._heard = self._heard_replay = False  # since the last tick
         self._begun = False  # something of the replay has come
+        self._unended = 0  # replays in a row that did not end
         self._heard_at = self._asked_at = -1e9
         subscriber = self._socket(zmq.SUB)
         subscriber.setsockopt(zmq.RCVHWM, _QUEUE)
@@ -77,7 +79,12 @@ class Publisher:
         if self._replay is not None:
             if now - self._asked_at > (_PAUSE_S if self._begun else _BEGIN_S):
                 self._end_replay()
-                self.mirror.check()
+                self._unended += 1
+                if self._unended < _MOST_UNENDED:
+                    self.mirror.check()
+                else:  # it hangs, or is gone without a word
+                    self.mirror.doubt("the worker's publisher does not answer; it is asked again and again")
+                    self._tell([])
             return
         if self.mirror.ask is None and now - self._heard_at > CHECK_AFTER_S:
             self._heard_at = now
@@ -120,6 +127,7 @@ class Publisher:
         except PeerError:
             ended = False
         if ended:
+            self._unended = 0
             self._end_replay()
             self._tell(self.mirror.replay_ended())
         elif (message := self._read(frames)) is not None:

@@ -99,14 +99,24 @@ class Stream:
 def snapshot(
     request: int, stream: Stream, sources: Callable[[], Iterable[Held]], flush: Callable[[], None]
 ) -> Iterator[wire.SnapshotPart]:
-    """All blocks, part by part; each is true when it is taken from here. `flush` sends what was said until then."""
-    for one in list(sources()):
+    """All blocks, part by part; each is true when it is taken from here. `flush` sends what was said until then.
+
+    A source that is gone by then is told of no more: it has said so, and another may bear its name.
+    """
+
+    def here(one: Held) -> bool:
         flush()
+        return any(one is other for other in sources())
+
+    for one in list(sources()):
+        if not here(one):
+            continue
         yield wire.SnapshotPart(request, stream.node, stream.epoch, stream.seq, one.source, one.why)
         for medium in list(one.held):
             hashes = list(one.held.get(medium, ()))
             for at in range(0, len(hashes), wire.PART_BLOCKS):
-                flush()
+                if not here(one):
+                    break
                 blocks = one.held.get(medium, {})
                 yield wire.SnapshotPart(
                     request, stream.node, stream.epoch, stream.seq, one.source, one.why, medium,

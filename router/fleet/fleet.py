@@ -21,7 +21,7 @@ from kvd import wire
 from kvd.router.fleet.crew import Crew, Doors, Reported
 from kvd.router.fleet.linking import Stated, links, seen_from_here
 from kvd.router.fleet.members import MemberView, State
-from kvd.router.fleet.membership import NO_LINK, Entry, Membership
+from kvd.router.fleet.membership import DRAINS, NO_LINK, Entry, Membership
 from kvd.router.fleet.nodes import NodeAt, Nodes
 from kvd.router.fleet.tokenisers import Tokenisers
 from kvd.router.fleet.told import Told
@@ -118,8 +118,9 @@ class Fleet:
             if members is None:
                 continue
             found = nodes.index.match(chain)
-            if manner in stored:
-                found = found | nodes.index.match(stored[manner])  # other holders: a tier has no block of an event's
+            if manner in stored:  # tiers may have blocks of an event's names too: pages of requests that name no key
+                found = {n: blocks for n, blocks in found.items() if (at := nodes.holders.place(n)) and at.worker}
+                found |= nodes.index.match(stored[manner])
             if found:
                 result |= matched(found, nodes.sure, members, tokens)
         return result
@@ -172,9 +173,11 @@ class Fleet:
         self._members.go_on()
         there = {entry.name: entry for entry in self._members if entry.admitted}
         told = {name: entry.watch.told for name, entry in there.items() if entry.watch.told is not None}
+        stated = {
+            n: Stated(one.life, one.block_tokens, one.format) for n, one in told.items() if not there[n].draining
+        }
         found = links(
-            {name: Stated(one.life, one.block_tokens, one.format) for name, one in told.items()},
-            {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes},
+            stated, {node: [known.source for known in self._nodes.sources(node).values()] for node in self._nodes}
         )
         self._names, self._manner_of = {}, {}
         followed = {id(entry.rates.kind) for entry in there.values()}
@@ -182,7 +185,7 @@ class Fleet:
         credited: dict[Manner, dict[str, Member]] = {}
         most: dict[tuple[str, str], int] = {}
         for name, entry in there.items():
-            entry.link = found.get(name, NO_LINK)
+            entry.link = found.get(name, DRAINS if entry.draining else NO_LINK)
             if (manner := entry.watch.credited) is not None:
                 self._manner_of[name] = manner
             if (one := told.get(name)) is None:
@@ -219,8 +222,9 @@ class Fleet:
         why, remedy = link.why, link.remedy
         if not verdict.credit:
             why, remedy = f"{verdict.what} {verdict.where}".rstrip(), verdict.remedy
-        elif node:
-            why = self._nodes.why(node) or ("" if entry.name in self._manner_of else _SOON)
+        elif link.member is not None and not (why := self._nodes.why(node)):
+            why, remedy = self._nodes.unsure(node, link.member.worker)
+            why = why or ("" if entry.name in self._manner_of else _SOON)
         return MemberView(
             entry.name, entry.state, entry.origin, watch.told.serving.served_name if watch.told else "", node, not why,
             why, remedy, watch.health.why, verdict.state, self._members.running(entry),

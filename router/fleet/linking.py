@@ -49,7 +49,9 @@ def links(workers: Mapping[str, Stated], nodes: Mapping[str, Iterable[wire.Sourc
     for node, sources in nodes.items():
         for source in sources:
             if source.worker and source.life:
-                told.setdefault(source.life, (node, source))
+                first, _ = told.setdefault(source.life, (node, source))
+                if source.strange and first == node:
+                    told[source.life] = node, source  # one rank's names are all ranks'
             for url in () if source.worker else source.workers:
                 pages.setdefault((node, url), []).append(source)
     return {name: _link(stated, lives[stated.life], told.get(stated.life), pages) for name, stated in workers.items()}

@@ -21,6 +21,7 @@ log = logging.getLogger("kvd.router")
 
 MOST_WORKERS: Final = 1024
 NO_LINK: Final = Link(None, "it has not said what it is")
+DRAINS: Final = Link(None, "it drains")  # and takes nothing from one that is the same server and stays
 
 
 @dataclass(slots=True, eq=False)

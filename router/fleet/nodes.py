@@ -6,6 +6,7 @@ worker says that it can.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Final, NamedTuple
 
 import zmq
@@ -18,6 +19,16 @@ from kvd.router.view import Identity, Known, View
 from kvd.sglang_events import GPU
 
 SLACK: Final = 2  # what a GPU holds may be counted before what left it is
+HEAL_S: Final = 60.0  # before a node is asked anew; doubled each time that this does not help
+_RARELY_S: Final = 3600.0  # up to this
+_ROOMY: Final = 0.9  # of the index: fuller, it would refuse the same again
+_SOURCE_REMEDY: Final = "if it stays so: flush its cache (/flush_cache), from which on its node knows it again"
+_INDEX: Final = (
+    "it told of more blocks than it says it can hold or than index_blocks allows, or of one under two parents"
+)
+_INDEX_REMEDY: Final = (
+    "raise index_blocks if kvd_router_fleet_index_blocks is near it; its node is asked anew by and by"
+)
 
 
 class NodeAt(NamedTuple):
@@ -78,6 +89,8 @@ class Nodes:
         self.holders = Numbering()
         self._now = -1e9
         self._exact: dict[str, Mapping[Identity, Known]] = {}  # sources of the nodes whose streams are
+        self._doubtful: set[tuple[str, str]] = set()  # nodes and workers there of which the index did not take all
+        self._heals: dict[str, tuple[float, float]] = {}  # when to ask a node anew, and how long to wait after that
         self._context = zmq.Context()
         self._nodes: dict[str, _Node] = {}
         for one in dict.fromkeys(at):
@@ -94,6 +107,9 @@ class Nodes:
         for node in self._nodes.values():
             node.follow.tick(now)
         self._exact = {name: node.view.sources for name, node in self._nodes.items() if not node.view.why(now)}
+        places = (self.holders.place(number) for number in self.index.inexact())
+        self._doubtful = {(place.node, place.worker) for place in places if place is not None}
+        self._heal(now)
 
     def speeds(self, node: str) -> Sequence[wire.Speed]:
         """Of its tiers, as it last measured them."""
@@ -102,6 +118,18 @@ class Nodes:
     def why(self, node: str) -> str:
         """Why what is known of this node is not exact; "" where it is."""
         return self._nodes[node].view.why(self._now)
+
+    def unsure(self, node: str, worker: str) -> tuple[str, str]:
+        """Why what a rank of this worker (its URL there) holds does not count, and what to do; "" where all does."""
+        sources = self._nodes[node].view.sources
+        first = sources.get((worker, 0, ""))
+        for rank in count():
+            known = sources.get((worker, rank, ""))
+            if first is None or known is None or known.source.life != first.source.life:
+                break  # it had more ranks in another life
+            if known.why:
+                return known.why, _SOURCE_REMEDY
+        return (_INDEX, _INDEX_REMEDY) if (node, worker) in self._doubtful else ("", "")
 
     def sources(self, node: str) -> Mapping[Identity, Known]:
         return self._nodes[node].view.sources
@@ -131,6 +159,21 @@ class Nodes:
         return numbers | {
             "index_blocks": stats.blocks, "index_holders": stats.holders, "index_inexact": stats.inexact,
         }  # fmt: skip
+
+    def _heal(self, now: float) -> None:
+        """Ask nodes anew of which not all found room, once there is some: after a minute, and where that did not help
+        ever less often, because nothing of a node counts meanwhile."""
+        doubtful = {node for node, _ in self._doubtful}
+        for name in self._exact:
+            view = self._nodes[name].view
+            if name not in doubtful and not view.crowded:
+                self._heals.pop(name, None)
+                continue
+            at, pause_s = self._heals.setdefault(name, (now + HEAL_S, HEAL_S))
+            if now >= at and self.index.stats().blocks < _ROOMY * self.index.max_blocks:
+                pause_s = min(2 * pause_s, _RARELY_S)
+                self._heals[name] = now + pause_s, pause_s
+                view.renew()
 
     def close(self) -> None:
         for node in self._nodes.values():
