@@ -15,6 +15,7 @@ from kvd.router.steering import Worker
 MOST_BYTES: Final = 16 << 20
 _MOST_IDLE = 2
 _CONNECT_S = 2.0
+_OF_BODY = (b"content-type", b"content-encoding")
 
 
 class Collector:
@@ -25,7 +26,7 @@ class Collector:
         self._most_bytes = most_bytes
         self._status = 0
         self._body = bytearray()
-        self.kind = b""  # its content type
+        self.fields: list[tuple[bytes, bytes]] = []  # that say what its body is
 
     @property
     def begun(self) -> bool:
@@ -36,7 +37,7 @@ class Collector:
         self, status: int, fields: list[tuple[bytes, bytes]], length: int | None, body: bytes, whole: bool
     ) -> None:
         self._status = status
-        self.kind = next((value for name, value in fields if name == b"content-type"), b"")
+        self.fields = [pair for pair in fields if pair[0] in _OF_BODY]
         self.more(body, whole)
 
     def more(self, body: bytes, whole: bool) -> None:

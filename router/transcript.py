@@ -176,12 +176,13 @@ def _may_be_half(said: str, ids: int) -> bool:
     """Whether the last of the ids that came with this text may belong to a character that is not whole.
 
     SGLang sends ids at once, and withholds text from such a character on, back to the last space; it says CJK
-    characters before it (detokenizer_manager.py, find_printable_text). One id that brings one of those is taken to be
-    no more than that, and ids whose text ends in anything else to be all of it.
+    characters before it (detokenizer_manager.py, find_printable_text). One id that brings one of those, or more than a
+    space, is taken to be no more than that, and ids whose text ends in anything else to be all of it.
     """
     last = said[-1:]
     cjk = "\u3400" <= last <= "\u9fff" or "\uf900" <= last <= "\ufaff" or last >= "\U00020000"
-    return last in ("", " ", "\N{REPLACEMENT CHARACTER}") or (cjk and ids > 1)
+    several = ids > 1 and (cjk or last == " ")
+    return several or said == " " or last in ("", "\N{REPLACEMENT CHARACTER}")
 
 
 def payloads(events: bytes) -> Iterator[bytes]:

@@ -146,10 +146,12 @@ HALVES: dict[str, list[tuple[str, list[int]]]] = {  # what each event brings, as
     "nothing": [("a", [97]), ("", EMOJI[:1])],
     "nothing for long": [("a", [97]), ("", EMOJI[:1]), ("", EMOJI[1:2])],
     "the words before it": [("a", [97]), ("b ", [98, 32, *EMOJI[:1]])],
+    "a space before it": [("a", [97]), (" ", [1])],
     "the characters before it": [("a", [97]), ("\N{CJK UNIFIED IDEOGRAPH-4E2D}", [1, *EMOJI[:1]])],
 }
 WHOLES: dict[str, list[tuple[str, list[int]]]] = {
     "a character of several ids": [("a", [97]), ("", EMOJI[:1]), ("\N{GRINNING FACE}", EMOJI[1:])],
+    "an indentation of one id": [("a\n", [97]), ("   ", [1])],
     "a character of one id": [("a", [97]), ("\N{CJK UNIFIED IDEOGRAPH-4E2D}", [1])],
 }
 

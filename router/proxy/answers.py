@@ -9,7 +9,7 @@ from kvd.router.proxy.headers import LAST_CHUNK, Fields, framed, response_head
 from kvd.router.proxy.strict import Head
 
 _BODILESS = frozenset({204, 304})
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 
 
 class Answer:
@@ -48,7 +48,7 @@ class Answer:
     def end(self) -> bytes:
         return LAST_CHUNK if self._chunked else b""
 
-    def whole(self, status: int, body: bytes, fields: Fields = (_JSON,)) -> bytes:
+    def whole(self, status: int, body: bytes, fields: Fields = (JSON,)) -> bytes:
         """A short answer of our own, all of it."""
         return self.begin(status, fields, len(body)) + self.body(body)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from kvd.router.asking import Collector
-from kvd.router.proxy.headers import request_head
+from kvd.router.proxy.answers import JSON
+from kvd.router.proxy.headers import Fields, request_head
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Lost
 from kvd.router.steering import Busy, Incoming, Outcome, Worker
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from kvd.router.proxy.house import House
 
 _OWN_S = 2.0
-_JSON = [(b"content-type", b"application/json")]
 
 
 class Reply(NamedTuple):
@@ -23,7 +23,7 @@ class Reply(NamedTuple):
 
     status: int
     body: bytes
-    kind: bytes = b"application/json"  # its content type; b"": not said
+    fields: Fields = (JSON,)  # of its head, those that say what the body is
 
 
 async def tell(house: "House", worker: Worker, head: Head, body: bytes, request_id: bytes, within_s: float) -> Reply:
@@ -39,7 +39,7 @@ async def tell(house: "House", worker: Worker, head: Head, body: bytes, request_
         connection.send(head.method, written, body, collector)
         async with asyncio.timeout(within_s):
             status, said = await collector.whole
-            return Reply(status, said, collector.kind)
+            return Reply(status, said, collector.fields)
     except TimeoutError:
         raise Lost(f"{worker.name} did not answer within {within_s:.0f} s") from None
     finally:
@@ -55,7 +55,7 @@ async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
         return None
     outcome: Outcome = "cancelled"
     try:
-        head = Head("POST", request.path.encode(), 1, _JSON)
+        head = Head("POST", request.path.encode(), 1, [JSON])
         said = await tell(house, choice.worker, head, request.body, request.request_id.encode(), _OWN_S)
         outcome = "answered"
         return msgspec.json.decode(said.body) if said.status == 200 else None

@@ -212,8 +212,9 @@ class Client(asyncio.Protocol):
 
         Not at once: a thousand requests in one packet must not be a thousand calls deep.
         """
-        ahead = len(self._inbox)
-        self._deadline = self._house.loop.time() + (self._limits.head_s if ahead else self._limits.idle_s)
+        ahead, limits = len(self._inbox), self._limits
+        within_s = limits.body_s if self._head is not None else limits.head_s if ahead else limits.idle_s
+        self._deadline = self._house.loop.time() + within_s
         if ahead and not self._due:
             self._due = True
             self._house.loop.call_soon(self._next)
@@ -251,7 +252,7 @@ class Client(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Called about four times a second."""
-        if self._held and self._left():
+        if self._held and not self._ended and self._left():
             self.cut()
             self._leave()
             return

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvd.router.proxy.answers import Answer
+from kvd.router.proxy.answers import JSON, Answer
 from kvd.router.proxy.asking import Reply, tell
+from kvd.router.proxy.headers import Fields
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Lost
 from kvd.router.steering import Incoming, Worker
@@ -59,12 +60,12 @@ class Everywhere:
 
     async def _run(self, workers: list[Worker]) -> None:
         answer = Answer(self._head, self._request.request_id.encode(), self._head.keep and not self._house.draining)
-        kind = b"application/json"
+        fields: Fields = (JSON,)
         try:
             replies = await asyncio.gather(*(self._tell(worker) for worker in workers))
             status = max(reply.status for reply in replies)
             if self._single:
-                _, body, kind = replies[0]
+                _, body, fields = replies[0]
             else:
                 said = zip(workers, replies, strict=True)
                 body = msgspec.json.encode(
@@ -74,7 +75,7 @@ class Everywhere:
             log.exception("request %s failed in the router", self._request.request_id)
             self._house.counts["failures"] += 1
             status, body = 500, b'{"error": "the router failed at this request; its log says why"}'
-        self._client.write(answer.whole(status, body, [(b"content-type", kind)] if kind else ()))
+        self._client.write(answer.whole(status, body, fields))
         self._client.done(answer.keep)
 
     async def _tell(self, worker: Worker) -> Reply:

@@ -22,11 +22,10 @@ import msgspec
 
 from kvd.router.continuation import CannotContinue
 from kvd.router.proxy import eager
-from kvd.router.proxy.answers import Answer
 from kvd.router.proxy.asking import count_tokens
-from kvd.router.proxy.endpoints import Endpoint, error_body, error_event
-from kvd.router.proxy.headers import Fields, request_head
-from kvd.router.proxy.streamed import Streamed
+from kvd.router.proxy.endpoints import Endpoint
+from kvd.router.proxy.headers import request_head
+from kvd.router.proxy.relay import Relay
 from kvd.router.proxy.strict import Head
 from kvd.router.proxy.upstream import Connection, Lost
 from kvd.router.steering import Busy, Choice, Incoming, Outcome
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvd.router")
 _ATTEMPTS = 3  # workers that are asked for one answer
 _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
-_JSON = (b"content-type", b"application/json")
 _NOBODY: frozenset[str] = frozenset()
 
 
@@ -46,25 +44,22 @@ class Exchange:
     """Implements kvd.router.proxy.upstream.Receiver."""
 
     __slots__ = (
-        "_answer", "_choice", "_client", "_connection", "_done", "_endpoint", "_head", "_heard", "_house", "_id",
-        "_old", "_request", "_sent", "_stream", "_task", "_tried",
+        "_choice", "_client", "_connection", "_head", "_heard", "_house", "_id", "_old", "_relay", "_request", "_sent",
+        "_task", "_tried",
     )  # fmt: skip
 
     def __init__(self, client: "Client", house: "House", head: Head, endpoint: Endpoint, request: Incoming) -> None:
         self._client = client
         self._house = house
         self._head = head
-        self._endpoint = endpoint
         self._request = request
         self._id = request.request_id.encode()
-        self._answer = Answer(head, self._id, head.keep and not house.draining)
+        self._relay = Relay(client, head, endpoint, self._id, head.keep and not house.draining)
         self._choice: Choice | None = None
         self._connection: Connection | None = None
         self._tried = _NOBODY
         self._sent = request  # what the worker was asked: this, or the rest of it
         self._old = False  # over a connection that had lain idle, and nothing came back yet
-        self._stream: Streamed | None = None
-        self._done = False  # the client has all that it will get
         self._heard = 0.0  # when the worker last said something, or was sent the request
         self._task: asyncio.Task[None] | None = None
 
@@ -114,7 +109,7 @@ class Exchange:
             await self._send(choice, new=not self._may_repeat)
             self._house.steering.sent(choice, self._heard)
         except Busy as busy:
-            self._end_badly(429 if busy.own_share else 503, str(busy), busy.retry_after_s)
+            self._relay.fail(429 if busy.own_share else 503, str(busy), busy.retry_after_s)
         except Lost as lost:
             self._failed("unreachable", str(lost))
         except Exception:
@@ -174,7 +169,7 @@ class Exchange:
     ) -> None:
         assert self._choice is not None
         self._heard, self._old = self._house.loop.time(), False
-        if self._answer.started:  # the rest of a stream
+        if self._relay.started:  # the rest of a stream
             if status != 200:
                 self._let_go("cut", f"status {status} for the rest")
                 return
@@ -183,14 +178,15 @@ class Exchange:
             self._let_go("refused", "status 503")
             return
         else:
-            begun = self._begin(status, fields, length, len(body) if whole and self._head.method != "HEAD" else None)
+            known = len(body) if whole and self._head.method != "HEAD" else None
+            begun = self._relay.begin(status, fields, length, known)
         self._house.steering.first_byte(self._choice, status, self._heard)
-        self._relay(begun, body, whole)
+        self._hand_on(begun, body, whole)
 
     def more(self, body: bytes, whole: bool) -> None:
         self._heard = self._house.loop.time()
         try:
-            self._relay(b"", body, whole)
+            self._hand_on(b"", body, whole)
         except Exception:
             self._break_down()
 
@@ -199,52 +195,27 @@ class Exchange:
             self._connection, self._old = None, False
             self._run(self._again(self._choice))
         else:
-            self._failed("cut" if self._answer.started else "no_answer", why)
+            self._failed("cut" if self._relay.started else "no_answer", why)
 
     def _let_go(self, outcome: Outcome, why: str) -> None:
         if self._connection is not None:
             self._connection.abandon()
         self._failed(outcome, why)
 
-    def _begin(self, status: int, fields: Fields, length: int | None, known: int | None) -> bytes:
-        """`known`: how long the body is, where it is whole already: then it needs no chunks, unless it is a stream."""
-        events, coded = False, False
-        for name, value in fields:
-            if name == b"content-type":
-                events = value.startswith(b"text/event-stream")
-            elif name == b"content-encoding":
-                coded = True
-        if events and not coded and length is None:
-            self._stream = Streamed(self._endpoint.stream if status == 200 else "")
-        elif known is not None:
-            length = known
-        return self._answer.begin(status, fields, length)
-
-    def _relay(self, begun: bytes, body: bytes, whole: bool) -> None:
+    def _hand_on(self, begun: bytes, body: bytes, whole: bool) -> None:
         assert self._choice is not None
         if body:
             self._house.steering.progressed(self._choice, body, self._heard)
-        if self._stream is not None:
-            try:
-                body = self._stream.take(body, whole)
-            except CannotContinue as reason:
-                if self._connection is not None:
-                    self._connection.abandon()
-                self._finish("cancelled")
-                self._ends_here(reason)
-                return
-        out = begun + self._answer.body(body) if begun else self._answer.body(body)
-        if whole:
-            self._complete(out)  # first: what is learnt from it no client need wait for
+        try:
+            self._relay.more(begun, body, whole)
+        except CannotContinue as reason:
+            if self._connection is not None:
+                self._connection.abandon()
+            self._finish("cancelled")
+            self._ends_here(reason)
+            return
+        if whole:  # last: what is learnt from it no client need wait for
             self._finish("answered")
-        elif out:
-            self._client.write(out)
-
-    def _complete(self, out: bytes) -> None:
-        """The answer is whole with these bytes."""
-        self._done = True
-        self._client.write(out + self._answer.end())
-        self._client.done(self._answer.keep)
 
     # Where it went wrong
 
@@ -256,29 +227,29 @@ class Exchange:
         self._tried |= {name}
         self._house.counts[outcome] += 1
         log.warning("request %s: %s at %s: %s", self._request.request_id, outcome, name, why)
-        if self._answer.started:
+        if self._relay.started:
             self._run(self._continue())
         elif len(self._tried) < _ATTEMPTS and (outcome == "unreachable" or self._may_repeat):
             self._run(self._attempt(self._request))
         else:
-            self._end_badly(502, f"{name}: {why}")
+            self._relay.fail(502, f"{name}: {why}")
 
     async def _continue(self) -> None:
         """The rest of a stream that was cut, from another worker."""
         try:
-            if self._stream is None:
+            stream, asked = self._relay.stream, self._request.json
+            if stream is None:
                 raise CannotContinue("this kind of answer cannot be continued")
-            asked = self._request.json
-            if (ending := self._stream.ending(asked)) is not None:
-                self._complete(self._answer.body(ending))
+            if (ending := stream.ending(asked)) is not None:
+                self._relay.complete(ending)
                 return
             if len(self._tried) >= _ATTEMPTS:
                 raise CannotContinue("too many workers left")
-            uncounted = self._stream.must_count(asked)
+            uncounted = stream.must_count(asked)
             counted = None
             if uncounted is not None:
                 counted = await count_tokens(self._house, self._request, uncounted, self._tried)
-            rest = self._stream.go_on(asked, counted)
+            rest = stream.go_on(asked, counted)
             request = msgspec.structs.replace(self._request, body=msgspec.json.encode(rest), _json=rest)
         except CannotContinue as reason:
             self._ends_here(reason)
@@ -290,7 +261,7 @@ class Exchange:
 
     def _ends_here(self, reason: CannotContinue) -> None:
         log.warning("request %s: not continued: %s", self._request.request_id, reason)
-        self._end_badly(502, f"the worker left in the middle of its answer, which ends here: {reason}")
+        self._relay.fail(502, f"the worker left in the middle of its answer, which ends here: {reason}")
 
     def _break_down(self) -> None:
         """Something that should not happen: to this request alone."""
@@ -299,21 +270,4 @@ class Exchange:
         if self._connection is not None:
             self._connection.abandon()
         self._finish("cancelled")
-        self._end_badly(500, "the router failed at this request; its log says why")
-
-    def _end_badly(self, status: int, why: str, retry_after_s: float | None = None) -> None:
-        """The client is told, in the way that is left: a status, an event, or a connection that is cut."""
-        if self._done:
-            return
-        answer, path = self._answer, self._request.path
-        if not answer.started:
-            self._done = True
-            fields = [_JSON]
-            if retry_after_s is not None:
-                fields.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
-            self._client.write(answer.whole(status, error_body(self._endpoint.dialect, status, why), fields))
-            self._client.done(answer.keep)
-        elif self._stream is not None and not self._stream.inside:
-            self._complete(answer.body(error_event(path, status, why)))
-        else:
-            self._client.cut()
+        self._relay.fail(500, "the router failed at this request; its log says why")
