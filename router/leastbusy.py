@@ -1,6 +1,7 @@
 """The simplest steering: each request to the worker that has the fewest, and a fair queue when all have enough.
 
 Knows nothing of prefixes. A worker that could not be reached, or died, rests for a moment that doubles each time.
+One that answers errors is in doubt for such a moment: else it would get nearly everything, since it is done at once.
 Who was sent to a worker before, and what does not generate, does not queue.
 
 A steering that knows more (kvd.router.informed) says who serves a model, and which of those that are free it takes:
@@ -15,11 +16,14 @@ from typing import Any
 
 import msgspec
 
+from kvd.router.pages.metrics import named
 from kvd.router.queue import FairQueue
 from kvd.router.steering import Busy, Choice, Incoming, Outcome, Worker
 
 _REST_S, _LONGEST_REST_S = 0.5, 15.0
 _GONE_AFTER = 3  # failures in a row: nobody waits for such a worker
+_ERRORS = 3  # answers in a row: one alone may be the request's fault, and good ones come between where it is
+_WORKERS_OWN = frozenset({401, 403, 404})  # and 5xx: no worker's key, no SGLang. 400, 422, 429 are the client's
 _FAILURES: frozenset[Outcome] = frozenset({"unreachable", "refused", "no_answer", "cut"})
 
 
@@ -34,6 +38,8 @@ class Standing:
     chosen: int = 0  # when it was chosen last, in choices: breaks ties
     failures: int = 0  # in a row
     rests_until: float = 0.0
+    errors: int = 0  # in a row, that it answered to what generates
+    doubted_until: float = 0.0  # it gets nothing while others are there: who asks for what no worker can do stops none
 
 
 class Asked(msgspec.Struct, frozen=True, eq=False):
@@ -178,8 +184,19 @@ class LeastBusy:
         pass
 
     def first_byte(self, choice: Choice, status: int, now: float) -> None:
-        if (load := self._standing(choice)) is not None:
+        load = self._standing(choice)
+        if load is None:
+            return
+        routed = choice.request.routed  # what is not: a 404 is the client's, and a 200 shows nothing of the engine
+        wrong = status >= 500 or (routed and status in _WORKERS_OWN)
+        if not wrong:
             load.failures = 0
+        if routed and status < 400:
+            load.errors, load.doubted_until = 0, 0.0
+        elif routed and wrong and load.doubted_until <= now:  # until then come answers to what was sent before
+            load.errors += 1
+            if load.errors >= _ERRORS:
+                load.doubted_until = now + _rest_s(load.errors - _ERRORS)
 
     def progressed(self, choice: Choice, received: bytes, now: float) -> None:
         pass
@@ -190,8 +207,8 @@ class LeastBusy:
             return
         load.requests -= 1
         if outcome in _FAILURES:
-            load.rests_until = now + min(_REST_S * 2**load.failures, _LONGEST_REST_S)
-            load.failures = min(load.failures + 1, 10)
+            load.rests_until = now + _rest_s(load.failures)
+            load.failures += 1
         self._wake(now)
 
     def tick(self, now: float) -> None:
@@ -201,11 +218,17 @@ class LeastBusy:
 
     def describe(self) -> dict[str, float]:
         numbers: dict[str, float] = {"waiting": len(self._queue)}
-        numbers |= {f'running{{worker="{name}"}}': load.requests for name, load in self._loads.items()}
+        numbers |= {named("running", worker=name): load.requests for name, load in self._loads.items()}
         return numbers | {f'outcomes_total{{outcome="{outcome}"}}': count for outcome, count in self._counts.items()}
 
 
 def _awake(loads: Sequence[Standing], now: float) -> list[Standing]:
-    """Those that may be asked now: the well ones, if there are any."""
+    """Those that may be asked now: the well ones, if there are any; of these those in no doubt, if there are any."""
     awake = [load for load in loads if load.rests_until <= now]
-    return [load for load in awake if load.well] or awake
+    awake = [load for load in awake if load.well] or awake
+    return [load for load in awake if load.doubted_until <= now] or awake
+
+
+def _rest_s(before: int) -> float:
+    """After as many rests in a row."""
+    return min(_REST_S * (1 << min(before, 10)), _LONGEST_REST_S)

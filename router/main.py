@@ -206,7 +206,11 @@ def cli() -> None:
         print(example(), end="")
         return
     if arguments.hash_key:
-        print(digest(sys.stdin.buffer.readline().strip()).hex())
+        key = sys.stdin.buffer.readline().strip()
+        if not key:  # its digest in the file would make every stranger that tenant
+            print("kvd-router: no API key on standard input (kvd-router --hash-key < FILE)", file=sys.stderr)
+            sys.exit(1)
+        print(digest(key).hex())
         return
     listen = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
     given: dict[str, Any] = {"listen": listen} if listen else {}

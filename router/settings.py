@@ -25,6 +25,7 @@ from kvd.settingsfile import ROUTER, described, load, read, read_toml
 DEFAULT_FILE = Path("/etc/kvd/router.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 MIB = 1 << 20
+_KEY = re.compile(rb"[\x21-\x7e]+")
 _ENDPOINT = re.compile(r"tcp://[^\s/]+:[1-9]\d{0,4}|ipc:///\S+")
 
 
@@ -155,9 +156,7 @@ class RouterSettings(BaseSettings):
     @field_validator("workers")
     @classmethod
     def _are_urls(cls, workers: list[str]) -> list[str]:
-        for url in workers:
-            worker_at(url)
-        if len(set(workers)) < len(workers):
+        if len({worker_at(url).name for url in workers}) < len(workers):
             raise ValueError("a worker is there twice")
         return workers
 
@@ -196,7 +195,16 @@ class RouterSettings(BaseSettings):
         return Tenants.read(sections, secret)
 
     def read_worker_key(self) -> bytes | None:
-        return read(self.worker_key_file).strip() if self.worker_key_file else None
+        """From the file. Raises SettingsError."""
+        if self.worker_key_file is None:
+            return None
+        key = read(self.worker_key_file).rstrip(b"\r\n")
+        if not _KEY.fullmatch(key):  # it goes into a header as it is: a second line would be a header of its own
+            raise SettingsError(
+                f"worker_key_file {self.worker_key_file} does not hold one API key",
+                "write the workers' --api-key there, alone on one line: ASCII, no spaces; or unset worker_key_file",
+            )
+        return key
 
 
 def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:

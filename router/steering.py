@@ -5,7 +5,9 @@ this order as they happen, and `finished` exactly once for every choice, whateve
 raise. Times are those of the event loop's clock, in seconds.
 """
 
+import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -16,6 +18,11 @@ from kvd.errors import KvdError
 # What became of a request at one worker: answered in full; not taken, because no connection was to be had, or with a
 # 503; lost before the first byte of an answer; its answer cut; or nobody wants it any more.
 Outcome = Literal["answered", "unreachable", "refused", "no_answer", "cut", "cancelled"]
+
+_LABEL = r"[0-9a-z_-]{1,63}"
+_NAMED = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?")  # a name or an IPv4 address
+_PORT = re.compile(r"(:[0-9]{0,5})?")
+_IPV6 = re.compile(r"[0-9a-f:.]{2,45}(%[0-9A-Za-z._-]{1,15})?")
 
 _decode = msgspec.json.Decoder().decode
 
@@ -44,11 +51,28 @@ class Worker:
 
 
 def worker_at(url: str) -> Worker:
-    """The worker at this URL, which is its name. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
-        raise ValueError(f"{url}: a worker is http://HOST:PORT")
-    return Worker(url.rstrip("/"), parts.hostname, parts.port or 80)
+    """The worker at this URL, which is its name, with the host in lower case. Raises ValueError.
+
+    Strict: names go into logs, pages, labels and headers, and hosts to the resolver.
+    """
+    wrong = ValueError(f"{url!a:.300}: a worker is http://HOST:PORT")
+    if not url.isascii() or not url.isprintable() or any(mark in url for mark in " ?#@"):  # urlsplit drops some
+        raise wrong
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        right = _NAMED
+        if "[" in parts.netloc:
+            IPv6Address(host)  # which lets any name of an interface pass
+            right = _IPV6
+    except ValueError:
+        raise wrong from None
+    if parts.scheme != "http" or parts.path.strip("/") or port == 0 or not right.fullmatch(host):
+        raise wrong
+    shown = f"[{host}]" if ":" in host else host
+    if not _PORT.fullmatch(parts.netloc.lower().removeprefix(shown.lower())):  # what stands around brackets is dropped
+        raise wrong
+    return Worker(f"http://{shown}" + (f":{port}" if port is not None else ""), host, port or 80)
 
 
 class Incoming(msgspec.Struct):

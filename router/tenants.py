@@ -12,7 +12,7 @@ import hmac
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -57,6 +57,9 @@ def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+_NO_KEY: Final = digest(b"")
+
+
 class Tenants:
     """Every tenant, by the digests of its keys. Without any, everybody is ANYBODY."""
 
@@ -76,6 +79,11 @@ class Tenants:
                 raise SettingsError(f"keys of tenant {name}: {error}", "see kvd-router --hash-key") from error
             if any(len(one) != hashlib.sha256().digest_size for one in digests) or not digests:
                 raise SettingsError(f"keys of tenant {name}: sha256 needs 64 digits each", "see kvd-router --hash-key")
+            if _NO_KEY in digests:
+                raise SettingsError(
+                    f"keys of tenant {name}: a digest is that of an empty key, which everybody has",
+                    "make one of a real key with kvd-router --hash-key",
+                )
             if not 0 < entry.weight < float("inf"):
                 raise SettingsError(f"keys of tenant {name}: weight must be above 0", "1.0 is everybody's")
             tenant = Tenant(name, entry.weight, entry.priority, entry.admin, entry.shared)
@@ -101,7 +109,9 @@ class Tenants:
         kind, _, key = single.get(b"authorization", b"").partition(b" ")
         if kind.lower() != b"bearer":
             key = single.get(b"x-api-key", b"")
-        wanted, found = digest(key.strip()), None
+        if not (key := key.strip()):  # no secret to guess at, and never anybody's, whatever digests are known
+            return None
+        wanted, found = digest(key), None
         for known, tenant in self._known:  # all of them, always
             if hmac.compare_digest(known, wanted):
                 found = tenant

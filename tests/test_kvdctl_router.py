@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from kvd import __version__
 from kvd.ctl.checks import routing
 from kvd.ctl.router import summed
 from kvd.ctl.router.link import RouterLink
-from kvd.errors import DeadlineMissed, KvdError
+from kvd.errors import DeadlineMissed, KvdError, PeerError, Refused
 from kvd.router.pages import replies
 from kvd.router.tenants import digest
 from tests.harness import eventually
@@ -217,6 +219,80 @@ def test_a_worker_a_silent_host_and_nonsense_are_no_router() -> None:
             RouterLink(url, "")
 
 
+@contextmanager
+def saying(**answers: object) -> Iterator[str]:
+    """The URL of what answers with these at the pages of these names, JSON or bytes, and with {} at any other."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = answers.get(self.path.partition("?")[0].removeprefix("/kvd/"), {})
+            body = said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(int(answers.get("status", 200)))  # type: ignore[call-overload]
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+NO_TEXT = b'{"policy": "\xff"}'
+DEEP = b'{"x": %b}' % (b"[" * 100_000)
+
+
+@pytest.mark.parametrize("body", [NO_TEXT, DEEP])
+def test_an_answer_that_is_no_text_or_too_deep_is_not_understood(body: bytes) -> None:
+    with saying(workers=body) as url, pytest.raises(PeerError, match="is not understood"):
+        RouterLink(url, "").ask("/kvd/workers", replies.Workers)
+    wrong = body.replace(b"policy", b"error")
+    with saying(workers=wrong, status=500) as url, pytest.raises(Refused, match="HTTP 500"):
+        RouterLink(url, "").ask("/kvd/workers", replies.Workers)
+
+
+def test_what_cannot_be_sent_is_refused_in_words(tmp_path: Path) -> None:
+    no_text = os.fsdecode(b"http://\xff")
+    with saying(workers={"policy": "kvd", "workers": []}) as url:
+        link = RouterLink(url, "")
+        with pytest.raises(KvdError, match="is no text"):
+            link.change("add", no_text)
+        with pytest.raises(KvdError, match="is no text"):
+            link.ask("/kvd/decisions", replies.Decisions, request=no_text)
+    ran = kvdctl("worker", "list", "--json", "--key-file", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert (ran.returncode, set(json.loads(ran.stderr))) == (1, {"error", "hint"})
+
+
+def test_nothing_that_a_router_or_its_operator_names_reaches_the_terminal_as_a_command() -> None:
+    candidate = {"worker": A, "matched": {}, "cost": 1.0, "terms": {"\x1b[31mred": 1.0, "[/x]": 2.0}}
+    made = {"request": "r", "age_s": 1.0, "policy": "p", "tokens": 5, "worker": A, "why": "y", "candidates": 1}
+    with saying(decisions={"decisions": [made | {"ranked": [candidate]}], "total": 1, "kept": 1}) as url:
+        ran = kvdctl("explain", "r", KVD_ROUTER_URL=url)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "\x1b" not in ran.stdout
+    assert {"?[31mred", "[/x]"} <= set(ran.stdout.split())
+    with saying(workers={"policy": "kvd", "workers": []}) as url:
+        ran = kvdctl("worker", "add", "http://a\x1b[31mb:1", KVD_ROUTER_URL=url)
+    assert (ran.returncode, ran.stdout) == (0, "http://a?[31mb:1 joins.\n")
+
+
+def test_a_decision_without_candidates_is_listed() -> None:
+    made = {"request": "r", "age_s": 1.0, "policy": "p", "tokens": 5, "worker": A, "why": "y", "ranked": []}
+    with saying(decisions={"decisions": [made | {"candidates": 0}], "total": 1, "kept": 1}) as url:
+        ran = kvdctl("explain", "--requests", KVD_ROUTER_URL=url)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.splitlines()[1].split()[2:6] == ["r", "5", A, "-"]
+
+
 def test_a_key_is_taken_from_the_environment_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text(
         f'[root]\nsha256 = ["{digest(b"secret").hex()}"]\nadmin = true\nshared = true\n'
@@ -230,6 +306,9 @@ def test_a_key_is_taken_from_the_environment_or_a_file(tmp_path: Path) -> None:
         assert kvdctl(*asking, "--key-file", str(tmp_path / "key"), KVD_ROUTER_KEY="wrong").returncode == 0
         missing = kvdctl(*asking, "--key-file", str(tmp_path / "none"))
         assert (missing.returncode, "cannot read" in missing.stderr) == (1, True)
+        (tmp_path / "key").write_text("secret\nof another\n")
+        two = kvdctl(*asking, "--key-file", str(tmp_path / "key"))
+        assert (two.returncode, "more than one API key" in two.stderr, "secret" in two.stderr) == (1, True, False)
 
 
 @pytest.mark.parametrize(

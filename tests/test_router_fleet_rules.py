@@ -94,6 +94,8 @@ def test_namespaces_count_for_those_who_are_attached_with_them_and_need_no_more(
         ("http://a:99999", "ipc:///x", None), ("http://[::1", "ipc:///x", None),
         ("http://a\u00e9 b:1", "ipc:///x", None),
         ("http://", "ipc:///x", None), ("", "ipc:///x", None), ("http://a:1\r\nx: y", "ipc:///x", None),
+        ("http://a..b:1", "ipc:///x", None), ("http://a:0", "ipc:///x", None), ("http://A:1", "ipc:///x", "http://a:1"),
+        (HERE, "tcp://a\"b:5600", None),
     ],
 )  # fmt: skip
 def test_a_nodes_own_addresses_are_the_nodes_as_seen_from_here(url: str, node: str, here: str | None) -> None:
@@ -209,9 +211,18 @@ def test_health_counts_what_a_worker_does_and_health_alone_makes_it_well_again()
     assert health.why == "late"
     health.answered()
     assert (health.why, health.in_doubt) == ("late", False)
-    for status, well in ((404, True), (503, False), (200, True)):
+    for status, well in (
+        (404, False),
+        (200, True),
+        (401, False),
+        (200, True),
+        (500, False),
+        (503, False),
+        (200, True),
+    ):
         health.health(status)
-        assert (not health.why) is well
+        assert (not health.why) is well, "something else may listen there"
+        assert well or f"/health says {status}" in health.why
     health.no_health("refused")
     assert (health.why, health.in_doubt) == ("refused", True)
 
@@ -298,3 +309,56 @@ def test_one_that_nodes_dropped_leaves_only_where_that_is_sure_and_it_is_silent(
     assert members.open == {OTHER}
     members.all.announced({}, True, 10.1 + GONE_AFTER_S)
     assert members.open == set()
+
+
+@pytest.mark.parametrize("order", ["remove", "drain"])
+@pytest.mark.parametrize("told", ["x", ""])
+def test_what_was_sent_away_under_one_name_does_not_come_back_under_its_nodes(order: str, told: str) -> None:
+    members = Members()
+    members.all.configured(worker_at(ONE))
+    members.open.add(ONE)
+    members.say(ONE, "x")
+    members.all.announced({HERE: told}, True, 0.0)
+    getattr(members.all, order)(ONE)
+    members.all.go_on()
+    members.all.announced({HERE: told}, True, 1.0)
+    for entry in members.all:
+        members.say(entry.name, "x")
+    for now in (2.0, 3.0):
+        members.all.announced({HERE: told}, True, now)
+        members.all.go_on()
+        assert (len(members.all), members.open) == (0, set())
+    members.all.announced({HERE: "y"}, True, 4.0)
+    assert len(members.all) == 0, "nor when it is started anew"
+
+
+def test_what_was_sent_away_stays_away_when_its_nodes_kvd_starts_anew_until_an_operator_adds_it() -> None:
+    members = Members()
+    lives = {HERE: "x"}
+    members.all.announced(lives, True, 0.0)
+    members.say(HERE, "x")
+    members.all.announced(lives, True, 1.0)
+    members.all.remove(HERE)
+    members.all.announced({}, True, 2.0)
+    members.all.announced(lives, True, 3.0)
+    assert len(members.all) == 0
+    members.all.add(ONE)
+    members.say(ONE, "x")
+    members.all.announced(lives, True, 4.0)
+    members.all.go_on()
+    assert members.open == {ONE}
+    members.all.drain("http://A:1/")
+    members.all.add(ONE)
+    members.all.announced(lives, True, 5.0)
+    members.all.go_on()
+    assert (members.open, members.all._sent_lives) == ({ONE}, {})
+
+
+def test_the_lives_that_were_sent_away_are_bounded() -> None:
+    members = Members()
+    for number in range(MOST_WORKERS + 5):
+        members.all.add(ONE)
+        members.say(ONE, str(number))
+        members.all.remove(ONE)
+    assert len(members.all._sent_lives) == MOST_WORKERS
+    assert "4" not in members.all._sent_lives

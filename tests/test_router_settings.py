@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from kvd.errors import SettingsError
-from kvd.router.settings import example, load_router_settings
+from kvd.router.settings import RouterSettings, example, load_router_settings
+from kvd.router.steering import Worker, worker_at
 from tests.harness import eventually
 from tests.router_harness import MockWorker, Router, post
 
@@ -23,7 +24,7 @@ WORKERS = "workers = ['http://127.0.0.1:30000']\n"
         ("", "at least one"),
         ("workers = ['127.0.0.1:30000']", "http://HOST:PORT"),
         ("workers = ['https://a']", "http://HOST:PORT"),
-        ("workers = ['http://a:1', 'http://a:1']", "twice"),
+        ("workers = ['http://a:1', 'http://A:1/']", "twice"),
         (WORKERS + "drain = 5", "drain"),
         (WORKERS + "[[nodes]]\nevents = 'http://a:1'", "tcp://HOST:PORT"),
         (WORKERS + "[[nodes]]\nevents = 'tcp://a:65535'", "no such port"),
@@ -42,6 +43,37 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, names: st
         load_router_settings(file, {}, {})
     assert names in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        'http://a"b:1', "http://a\\b:1", "http://a{b}:1", "http://a b:1", "http://a:1\n", "http://a\tb:1", " http://a:1",
+        "http://a\x7f:1", "http://\u00e9:1", "http://a:0", "http://a:65536", "http://a:1#x", "http://a:1#", "http://a:1?",
+        "http://u@a:1", "http://@a:1", "http://a..b:1", "http://.a:1", "http://:1", "http://" + 64 * "a" + ":1",
+        "http://" + 130 * "a." + "a:1", "http://[a]:1", "http://[::1", "http://a[::1]:1", "http://[::1]a:1",
+        "http://[fe80::1%a,b]:1", "http://a:1/x", "http://a%41:1",
+    ],
+)  # fmt: skip
+def test_what_is_no_workers_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="http://HOST:PORT") as caught:
+        worker_at(url)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "host", "port"),
+    [
+        ("http://Host-1.Example:30000/", "http://host-1.example:30000", "host-1.example", 30000),
+        ("http://sglang_1", "http://sglang_1", "sglang_1", 80),
+        ("http://a.svc.:1", "http://a.svc.:1", "a.svc.", 1),
+        ("HTTP://10.0.0.1:030", "http://10.0.0.1:30", "10.0.0.1", 30),
+        ("http://[FD00::5]:1", "http://[fd00::5]:1", "fd00::5", 1),
+        ("http://[fe80::1%eth0]:1", "http://[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+    ],
+)
+def test_a_worker_has_one_name_however_its_url_is_written(url: str, name: str, host: str, port: int) -> None:
+    assert worker_at(url) == Worker(name, host, port)
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
@@ -112,6 +144,38 @@ def test_a_key_is_hashed_without_being_an_argument() -> None:
     command = [sys.executable, "-m", "kvd.router.main", "--hash-key"]
     done = subprocess.run(command, input="secret\n", capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n"
+
+
+@pytest.mark.parametrize("given", ["", "\n", " \t\nsecret\n"])
+def test_no_key_has_no_digest(given: str) -> None:
+    command = [sys.executable, "-m", "kvd.router.main", "--hash-key"]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no API key on standard input" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def with_worker_key(folder: Path, key: bytes) -> RouterSettings:
+    (folder / "worker.key").write_bytes(key)
+    (folder / "router.toml").write_text(f"{WORKERS}worker_key_file = '{folder / 'worker.key'}'")
+    return load_router_settings(folder / "router.toml", {}, {})
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_workers_key_is_a_line_of_a_file(tmp_path: Path, end: bytes) -> None:
+    assert with_worker_key(tmp_path, b"!secret~" + end).read_worker_key() == b"!secret~"
+
+
+@pytest.mark.parametrize(
+    "key", [b"", b"\n", b"one\ntwo\n", b"one\rtwo", b"a b", b" a", b"a\t\n", b"caf\xc3\xa9", b"\x7f", b"a\0"]
+)
+def test_what_is_no_key_of_a_worker_is_refused_before_anybody_is_served(tmp_path: Path, key: bytes) -> None:
+    settings = with_worker_key(tmp_path, key)
+    for read in (settings.read_worker_key, settings.read_fleet):
+        with pytest.raises(SettingsError) as caught:
+            read()
+        assert str(tmp_path / "worker.key") in caught.value.message
+        assert "one line" in caught.value.hint
 
 
 def test_one_process_that_dies_takes_the_others_along(tmp_path: Path) -> None:

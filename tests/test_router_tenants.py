@@ -49,6 +49,14 @@ def test_anything_else_is_nobody(tenants: Tenants, headers: dict[bytes, bytes]) 
     assert tenants.who(headers) is None
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {b"authorization": b"Bearer"}, {b"authorization": b"bearer \t "}, {b"x-api-key": b""}, {b"x-api-key": b" "}],
+)
+def test_who_has_no_key_is_nobody_whatever_digests_are_known(headers: dict[bytes, bytes]) -> None:
+    assert Tenants([(digest(b""), Tenant("root", admin=True))], SECRET).who(headers) is None
+
+
 def test_without_keys_everybody_is_anybody() -> None:
     assert Tenants([], b"").who({}) is ANYBODY
 
@@ -61,6 +69,7 @@ def test_without_keys_everybody_is_anybody() -> None:
         (sections(sha256=["abc"]), SECRET, "alice"),
         (sections(sha256=[]), SECRET, "64 digits"),
         (sections(sha256=[digest(b"key-of-bob").hex()]), SECRET, "two tenants"),
+        (sections(sha256=[digest(b"another").hex(), digest(b"").hex().upper()]), SECRET, "alice: a digest is that of"),
         (sections(), b"short", "secret_file"),
     ],
 )

@@ -284,3 +284,38 @@ def test_a_trace_without_lengths_exits_1_and_says_what_is_missing(tmp_path: Path
     ran = kvdctl("simulate", "routing", "--trace", str(path), "--json")
     assert ran.returncode == 1
     assert "input_length" in json.loads(ran.stderr)["hint"]
+
+
+def line(*blocks: int, tokens: int = 512, output: int = 5) -> str:
+    return json.dumps({"timestamp": 0, "hash_ids": blocks, "input_length": tokens, "output_length": output}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (line(1, tokens=0) + line(), "no request has blocks, a prompt and an answer"),
+        (line(1) + line(2, 3, 2), "line 2: block 2 is there twice"),
+        (line(7, 7), "line 1: block 7 is there twice"),
+        (line(1, 2) + line(3) + line(3, 2), "line 3: block 2 had another one, or none, before it"),
+        (line(1, 2) + line(2), "line 2: block 2 had another one, or none, before it"),
+        (line(1) + line(1 << 63), "line 2: block 9223372036854775808 is no signed"),
+        (line(1) + line(1)[:-2] + ', "x": ' + "[" * 100_000, "line 2: .*recursion"),
+    ],
+)
+def test_what_no_fleet_could_replay_is_said_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(text)
+    with pytest.raises(KvdError, match=says) as caught:
+        prompts(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_the_first_requests_of_a_trace_are_enough_where_they_have_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(line() + line(1, -(1 << 63)) + line(1, (1 << 63) - 1) + line(1))
+    assert [prompt.blocks for prompt in prompts(path, 2)] == [[], [1, -(1 << 63)]]
+    ran = kvdctl("simulate", "routing", "--trace", str(path), "--requests", "1")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith(f"kvdctl: {path}: none of the first 1 requests has blocks")
+    assert ran.stderr.count("\n") == 1

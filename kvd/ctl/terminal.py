@@ -45,7 +45,8 @@ def reporting(as_json: bool) -> Iterator[None]:
         yield
     except KvdError as error:
         if as_json:
-            body = msgspec.json.encode({"error": error.message, "hint": error.hint}).decode()
+            said = {"error": error.message, "hint": error.hint}  # a path of theirs may hold bytes that are no text
+            body = msgspec.json.encode({name: _encodable(text) for name, text in said.items()}).decode()
         else:
             body = f"kvdctl: {printable(str(error))}"
         print(body, file=sys.stderr)
@@ -98,7 +99,8 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for position, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], int | float) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        head = Text(printable(name))  # some are a router's names for its terms
+        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else printable(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
@@ -107,6 +109,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 def printable(text: str) -> str:
     """Labels come from peers: no escape sequence of theirs may reach the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 # -- units -------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from kvd.router.fleet.watch import Watch
 from kvd.router.knowledge import Manner
 from kvd.router.load import Report
 from kvd.router.matching import Member, Members, matched
+from kvd.router.pages.metrics import named
 from kvd.router.policies.choice import Matched
 from kvd.router.rates import Rates
 from kvd.router.steering import Worker
@@ -158,10 +159,10 @@ class Fleet:
         """Numbers for /kvd/metrics, by name."""
         views = self.members()
         numbers: dict[str, float] = {
-            f'workers{{state="{state}"}}': count for state, count in Counter(view.state for view in views).items()
+            named("workers", state=state): count for state, count in Counter(view.state for view in views).items()
         }
-        numbers |= {f'credit{{worker="{view.name}"}}': view.credit for view in views}
-        numbers |= {f'parity_differs{{worker="{view.name}"}}': view.parity == "differs" for view in views}
+        numbers |= {named("credit", worker=view.name): view.credit for view in views}
+        numbers |= {named("parity_differs", worker=view.name): view.parity == "differs" for view in views}
         return {**numbers, **self._nodes.numbers()}
 
     # Putting together what is known

@@ -10,18 +10,17 @@ KV pages that are told of.
 """
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from kvd import wire
 from kvd.router.matching import Member
+from kvd.router.steering import worker_at
 from kvd.router.tokens.blocks import Format
 
 _KV: Final = "kv"
-_HOST: Final = re.compile(r"[0-9A-Za-z._:-]{1,253}")
 _HERE: Final = ("localhost", "127.", "::1", "0.0.0.0", "::")
 
 
@@ -92,20 +91,11 @@ def seen_from_here(url: str, node: str) -> str | None:
     None for what is no worker's URL.
     """
     try:
-        parts, at = urlsplit(url), urlsplit(node)
-        host, port = parts.hostname, parts.port
+        there, at = worker_at(url), urlsplit(node)
+        host = there.host
+        if host.startswith(_HERE) and at.scheme == "tcp" and at.hostname and not at.hostname.startswith(_HERE):
+            host = at.hostname
+        shown = f"[{host}]" if ":" in host else host
+        return worker_at(f"http://{shown}:{there.port}").name  # the node's own is of the settings
     except ValueError:
         return None
-    if (
-        parts.scheme != "http"
-        or not host
-        or not _HOST.fullmatch(host)
-        or parts.path.strip("/")
-        or parts.query
-        or parts.username
-    ):
-        return None
-    if host.startswith(_HERE) and at.scheme == "tcp" and at.hostname and not at.hostname.startswith(_HERE):
-        host = at.hostname
-    shown = f"[{host}]" if ":" in host else host
-    return urlunsplit(("http", f"{shown}:{port or 80}", "", "", ""))

@@ -1,11 +1,12 @@
 """Who is a member: the orders of operators and the announcements of nodes, carried out.
 
 Whoever joins is watched from then on; steering and the doors are told. What an operator drained or removed does not
-come back because a node announces it, only by `add`. At most MOST_WORKERS, whatever nodes announce.
+come back because a node announces it, by whatever URL, only by `add`. At most MOST_WORKERS, whatever nodes announce.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,7 +62,8 @@ class Membership:
         self._unwatched = unwatched
         self._steering: Crew | None = None
         self._doors: Doors | None = None
-        self._sent_away: set[str] = set()
+        self._sent_away: set[str] = set()  # URLs
+        self._sent_lives: dict[str, None] = {}  # the oldest first: nodes may tell of them under other URLs, or again
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -100,19 +102,22 @@ class Membership:
                 raise Refused(f"there are {MOST_WORKERS} workers", "remove some, or start another router")
             entry = self._enter(worker, "added", admitted=False)
         self._sent_away.discard(worker.name)
+        self._sent_lives.pop(entry.life, None)  # one that is not known yet: when it is
         entry.origin, entry.draining = "added", False
         self._admit(entry)
         return worker.name
 
     def drain(self, name: str) -> None:
         """It gets nothing new, and leaves when it has nothing left. Raises Refused."""
-        self._drain(self._known(name))
-        self._sent_away.add(name)
+        entry = self._known(name)
+        self._drain(entry)
+        self._send_away(entry)
 
     def remove(self, name: str) -> None:
         """It leaves at once; what it is answering goes on elsewhere where it can. Raises Refused."""
-        self._leave(self._known(name), "an operator removed it")
-        self._sent_away.add(name)
+        entry = self._known(name)
+        self._leave(entry, "an operator removed it")
+        self._send_away(entry)
 
     # What follows from what is known
 
@@ -122,7 +127,12 @@ class Membership:
         Nobody is a member twice: one whose life is a member's already is that member, by another name.
         """
         known = {entry.life for entry in self}
+        for entry in self:
+            if entry.origin != "announced" and not entry.draining:  # `add` came before its life was known
+                self._sent_lives.pop(entry.life, None)
         for url, life in lives.items():
+            if life in self._sent_lives:
+                self._sent_away.add(url)
             new = url not in self._entries and url not in self._sent_away and (not life or life not in known)
             if new and len(self._entries) < MOST_WORKERS:
                 self._enter(worker_at(url), "announced", admitted=False)
@@ -135,6 +145,9 @@ class Membership:
                 continue
             if sure and entry.name not in lives and now - entry.watch.heard_at > GONE_AFTER_S:
                 self._leave(entry, "its node has dropped it, and it does not answer")
+            elif entry.life in self._sent_lives:  # its node did not tell which life it is
+                self._sent_away.add(entry.name)
+                self._drain(entry)
             elif entry.life and first.setdefault(entry.life, entry) is not entry:
                 self._drain(entry)
             elif not entry.admitted and settled and entry.watch.told is not None:
@@ -153,8 +166,18 @@ class Membership:
 
     # Inside
 
+    def _send_away(self, entry: Entry) -> None:
+        self._sent_away.add(entry.name)
+        if entry.life:
+            self._sent_lives[entry.life] = None
+            if len(self._sent_lives) > MOST_WORKERS:
+                del self._sent_lives[next(iter(self._sent_lives))]
+
     def _known(self, name: str) -> Entry:
         entry = self.find(name)
+        if entry is None:
+            with suppress(ValueError):
+                entry = self.find(worker_at(name).name)  # it may be written otherwise
         if entry is None:
             known = ", ".join(entry.name for entry in self if entry.admitted)
             raise Refused(f"there is no worker {name}", f"known are {known or 'none'}")

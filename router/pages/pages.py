@@ -145,8 +145,8 @@ class Pages:
         if asked.get("pid", str(self._pid)) != str(self._pid):
             return _failed(421, f"this is process {self._pid}", "ask again, on a new connection")
         try:
-            worker = _decode_change(body).worker
-        except (msgspec.DecodeError, RecursionError) as error:
+            worker = _decode_change(body).worker.rstrip("/")  # as a worker that is added is named
+        except (ValueError, RecursionError) as error:  # of bytes that are no text, too
             raise Malformed(400, f'the body must be {{"worker": "http://HOST:PORT"}}: {error}') from error
         change(worker)
         log.info("%s: %s, as an operator asked", worker, done)

@@ -74,6 +74,7 @@ class RouterLink:
 
     def change(self, what: str, worker: str) -> None:
         """`what`: add, drain or remove. Told to every process; the first that refuses ends it."""
+        _check_text(worker)
         body = msgspec.json.encode(replies.Change(worker))
         for one in self.ask_all("/kvd/workers", replies.Workers):
             path = f"/kvd/workers/{what}{_query({'pid': str(one.pid)})}"
@@ -98,7 +99,7 @@ class RouterLink:
             return body
         try:
             problem = msgspec.json.decode(body, type=replies.Failed).error
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):  # of bytes that are no text, too
             problem = replies.Problem(f"HTTP {status}")
         if status == 401:
             hint = f"give an administrator's key: {KEY_VARIABLE}, or --key-file PATH"
@@ -114,22 +115,36 @@ def router_at(url: str, key_file: Path | None) -> RouterLink:
 
 
 def read_key(key_file: Path | None) -> str:
-    """Empty where none is given. Raises KvdError."""
+    """Empty where none is given. Raises KvdError, which does not show it."""
     if key_file is None:
-        return os.environ.get(KEY_VARIABLE, "").strip()
-    try:
-        return key_file.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise KvdError(f"cannot read {key_file}: {error}", "the file holds one API key") from error
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+    else:
+        try:
+            key = key_file.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise KvdError(f"cannot read {key_file}: {error}", "the file holds one API key") from error
+    if not (key.isascii() and key.isprintable()):
+        raise KvdError(f"{key_file or KEY_VARIABLE} holds more than one API key", "one alone, on one line")
+    return key
 
 
 def _query(query: dict[str, str]) -> str:
+    for value in query.values():
+        _check_text(value)
     return "?" + urlencode(query, quote_via=quote) if query else ""
+
+
+def _check_text(given: str) -> None:
+    """Bytes of the command line that are no UTF-8 are surrogates by now, and cannot be sent. Raises KvdError."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise KvdError(f"{given!r} is no text", "URLs and ids are UTF-8") from error
 
 
 def _decoded(kind: type[R], body: bytes) -> R:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # of bytes that are no text, too
         hint = "install the same version of kvd on both sides"
         raise PeerError(f"the router's answer is not understood: {error}", hint) from error

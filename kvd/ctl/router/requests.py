@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from kvd.ctl.router import summed
-from kvd.ctl.router.figures import cached, has, seconds
+from kvd.ctl.router.figures import ABSENT, cached, has, seconds
 from kvd.ctl.router.link import RouterLink
 from kvd.ctl.terminal import show_facts, show_json, show_table, span
 from kvd.errors import Refused
@@ -93,7 +93,7 @@ def _row(made: replies.Decision) -> tuple[object, ...]:
         made.request,
         made.tokens,
         made.worker,
-        has(made.ranked[0]),
+        has(made.ranked[0]) if made.ranked else ABSENT,
         cached(made),
         seconds(made.predicted_ttft_s),
         seconds(made.actual_ttft_s),

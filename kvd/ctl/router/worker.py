@@ -7,7 +7,7 @@ import typer
 from kvd.ctl.router import summed
 from kvd.ctl.router.figures import ABSENT, missing
 from kvd.ctl.router.link import DEFAULT_URL, KeyFileOption, RouterOption, router_at
-from kvd.ctl.terminal import JsonOption, reporting, show_json, show_table
+from kvd.ctl.terminal import JsonOption, printable, reporting, show_json, show_table
 from kvd.router.pages import replies
 
 _COLUMNS: Final = ("worker", "state", "model", "node", "running", "queued", "credit", "what is missing")
@@ -124,7 +124,7 @@ def _change(what: str, url: str, router: str, key_file: KeyFileOption, as_json: 
         if as_json:
             show_json({"worker": url, "done": what})
         else:
-            print(f"{done}.")
+            print(printable(f"{done}."))
 
 
 def _row(one: replies.Worker) -> tuple[object, ...]:

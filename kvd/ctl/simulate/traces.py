@@ -7,15 +7,17 @@ it. Order is the file's: timestamps are coarse, and ties keep it.
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log2
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
 from kvd.errors import KvdError
+
+_BEYOND: Final = 1 << 63
 
 
 class Request(NamedTuple):
@@ -52,23 +54,52 @@ def read(path: Path) -> list[Request]:
     return [Request(line.timestamp / 1000, line.hash_ids) for line in _lines(path, _Line)]
 
 
-def prompts(path: Path) -> list[Prompt]:
-    """All requests of a trace that have a prompt and an answer, in the order of their times. Raises KvdError."""
+def prompts(path: Path, most: int | None = None) -> list[Prompt]:
+    """The requests of a trace that have a prompt and an answer, in the order of their times: all, or the first `most`.
+    At least one has blocks, and an id comes after the same one wherever it is. Raises KvdError."""
     found = [
         Prompt(line.timestamp / 1000, line.hash_ids, line.input_length, line.output_length)
-        for line in _lines(path, _Whole)
+        for line in _lines(path, _Whole, _Chained().wrong)
         if line.input_length > 0 and line.output_length > 0
     ]
-    return sorted(found, key=lambda prompt: prompt.at)
+    found = sorted(found, key=lambda prompt: prompt.at)[:most]
+    if not any(prompt.blocks for prompt in found):
+        which = "no request" if most is None else f"none of the first {most:,} requests"
+        raise KvdError(
+            f"{path}: {which} has blocks, a prompt and an answer",
+            "name blocks in hash_ids, with an input_length and an output_length above 0",
+        )
+    return found
 
 
 def block_tokens(found: Sequence[Prompt]) -> int:
-    """How many tokens an id stands for, to the nearest power of two: a trace does not say."""
+    """How many tokens an id stands for, to the nearest power of two: a trace does not say. At least one has blocks."""
     ratios = [prompt.tokens / len(prompt.blocks) for prompt in found if prompt.blocks]
     return 1 << round(log2(max(1.0, median(ratios))))
 
 
-def _lines(path: Path, kind: type[L]) -> list[L]:
+class _Chained:
+    """What the router's index, which the fleet uses, takes ids for: prefixes, as signed integers of 64 bits."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, int | None] = {}
+
+    def wrong(self, line: _Line) -> str:
+        """Why this line contradicts itself or those before it; empty where it does not."""
+        before: int | None = None
+        for block in line.hash_ids:
+            if not -_BEYOND <= block < _BEYOND:
+                return f"block {block} is no signed integer of 64 bits"
+            if self._before.setdefault(block, before) != before:
+                if line.hash_ids.count(block) > 1:
+                    return f"block {block} is there twice"
+                return f"block {block} had another one, or none, before it in an earlier line"
+            before = block
+        return ""
+
+
+def _lines(path: Path, kind: type[L], wrong: Callable[[L], str] = lambda _: "") -> list[L]:
+    """`wrong`: what is wrong with a line that has all fields; empty: nothing."""
     decode = msgspec.json.Decoder(kind).decode
     requests: list[L] = []
     number = 0
@@ -78,7 +109,10 @@ def _lines(path: Path, kind: type[L]) -> list[L]:
                 number += 1
                 if line.strip():
                     requests.append(decode(line))
-    except msgspec.MsgspecError as error:
+                    if said := wrong(requests[-1]):
+                        hint = "an id stands for a block and all before it: the same id, the same prompt up to there"
+                        raise KvdError(f"{path}, line {number}: {said}", hint)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         fields = ", ".join(kind.__struct_fields__)
         raise KvdError(f"{path}, line {number}: {error}", f"a request is {{{fields}}}, one a line") from error
     except (OSError, EOFError, zlib.error) as error:

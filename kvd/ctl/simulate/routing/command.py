@@ -55,11 +55,11 @@ def command(
       kvdctl simulate routing --trace trace.jsonl --compare --json | jq 'map_values(.ttft_s.mean)'
 
     \b
-    Exit status: 0 done, 1 the trace cannot be read or its prompts are too long, 2 wrong usage.
+    Exit status: 0 done, 1 the trace cannot be read, contradicts itself or has too long prompts, 2 wrong usage.
     """
     chosen = list(POLICIES) if compare else names(policy, POLICIES, "--policy")
     with reporting(as_json):
-        replayed = prompts(trace)[:requests]
+        replayed = prompts(trace, requests)
         engine = next(iter(ENGINES.values()))
         found = {name: measure(engine, replayed, workers, name, load, Random(seed).random) for name in chosen}
         if as_json:
