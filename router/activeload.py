@@ -26,6 +26,7 @@ STALE_REPORT_S: Final = 15.0  # SGLang publishes at least once a second
 # A step may hold the end of one prompt and the start of the next, so prefill is measured from idle to idle, or for so
 # long that the ends weigh little.
 SLICE_S: Final = 4.0
+_MOST_LOADING: Final = 0.5  # of a slice with several prompts
 _IDLE: Final = Load()
 
 
@@ -48,22 +49,28 @@ class ActiveLoad:
 
     # -- our own requests ---------------------------------------------------------------------------------
 
-    def sent(self, request: str, worker: str, tokens: int, cached: int, now: float) -> None:
-        """A prompt is on its way; `cached` of its tokens should be there already. An id that is known moves."""
+    def sent(
+        self, request: str, worker: str, tokens: int, cached: int, now: float, load_s: float = 0.0, loaded: int = 0
+    ) -> None:
+        """A prompt is on its way; `cached` of its tokens need not be computed. An id that is known moves.
+
+        `loaded` of those are in tiers below the GPU, which takes `load_s`.
+        """
         self.finished(request, now)
         there = self._at(worker)
-        flight = Flight(worker, now, tokens, Work.of(tokens, cached))
+        flight = Flight(worker, now, tokens, Work.of(tokens, cached), load_s, loaded)
         if not there.waiting:
-            there.since = now
+            there.since, there.guessed = now, False
         self._flights[request] = there.flights[request] = there.waiting[request] = flight
         there.queued = there.queued.plus(flight.work)
         there.whole += tokens
         there.line = there.load = None
 
-    def first_token(self, request: str, now: float, cached: int | None = None) -> Served | None:
+    def first_token(self, request: str, now: float, cached: int | None = None, guessed: bool = False) -> Served | None:
         """Its prefill is over, and the engine may have said how much was cached.
 
-        Now and then that says how fast the worker is.
+        Now and then that says how fast the worker is. Where it is `guessed`, as nobody sees that token, nothing that
+        was served with it or right after it does.
         """
         flight = self._flights.get(request)
         if flight is None or flight.first_at is not None:
@@ -76,13 +83,19 @@ class ActiveLoad:
         if fresh(flight, there):
             there.fresh += 1
             there.taken += flight.tokens
-        there.slice_work = there.slice_work.plus(flight.work if cached is None else Work.of(flight.tokens, cached))
+        if guessed or there.guessed:
+            there.begin_slice(now)
+            there.guessed = guessed
+            return None
+        work = flight.work if cached is None else Work.of(flight.tokens, cached)
+        there.slice_work = there.slice_work.plus(work)
         there.slice_s += now - there.since
+        there.slice_load_s += flight.loading_s(work)
         there.since = now
         if there.slice_s < SLICE_S and there.waiting:
             return None
-        served = Served(there.slice_work, there.slice_s)
-        there.slice_work, there.slice_s = NO_WORK, 0.0
+        served = _served(there)
+        there.begin_slice(now)
         return served
 
     def progressed(self, request: str, tokens: int) -> None:
@@ -109,7 +122,7 @@ class ActiveLoad:
         del there.flights[request]
         if flight.first_at is None:
             self._no_longer_waits(request, flight, there)
-            there.slice_work, there.slice_s, there.since = NO_WORK, 0.0, now
+            there.begin_slice(now)
         else:
             there.running -= 1
             there.context -= flight.tokens
@@ -194,3 +207,14 @@ class ActiveLoad:
         if others.ahead:
             others.ahead -= 1
             others.running -= 1
+
+
+def _served(there: There) -> Served | None:
+    """What a slice says: of the time that computing took, not loading.
+
+    What one of several prompts is loaded in, others may be computed in: nobody knows what is left of such a slice if
+    loading is most of it.
+    """
+    if there.slice_work.prompts > 1 and there.slice_load_s > _MOST_LOADING * there.slice_s:
+        return None
+    return Served(there.slice_work, max(0.0, there.slice_s - there.slice_load_s))

@@ -24,8 +24,16 @@ class Flight(msgspec.Struct):
     sent_at: float
     tokens: int  # prompt and answer so far
     work: Work
+    load_s: float = 0.0  # until what is in tiers is on its GPU: `loaded` tokens, which are not in `work`
+    loaded: int = 0
     first_at: float | None = None
     left_at: float = inf
+
+    def loading_s(self, work: Work) -> float:
+        """Of `load_s`, when this was what the engine computed: what it computed itself it did not load."""
+        if not self.loaded:
+            return self.load_s
+        return self.load_s * min(1.0, max(0.0, 1.0 - (work.tokens - self.work.tokens) / self.loaded))
 
 
 @dataclass(slots=True)
@@ -49,8 +57,10 @@ class There:
     running: int = 0
     context: int = 0
     since: float = 0.0  # the head is being computed
+    guessed: bool = False  # `since`, from when a first token was expected that nobody saw
     slice_work: Work = NO_WORK
     slice_s: float = 0.0
+    slice_load_s: float = 0.0  # of it, or at the same time as some of it
     flights: dict[str, Flight] = field(default_factory=dict)
     left: deque[Flight] = field(default_factory=lambda: deque(maxlen=MOST_LEFT))
     report: Report | None = None
@@ -61,6 +71,10 @@ class There:
     line: tuple[Work, Work] | None = None  # what is queued by the report, and its head; None: look anew
     load: Load | None = None  # as it was believed at the last look; None: look anew
     believed: bool = False  # the report, at the last look
+
+    def begin_slice(self, now: float) -> None:
+        """What was served before is told, or nobody knows how long it took."""
+        self.slice_work, self.slice_s, self.slice_load_s, self.since = NO_WORK, 0.0, 0.0, now
 
 
 def fresh(flight: Flight, there: There) -> bool:
@@ -110,7 +124,7 @@ def corrected(there: There, report: Report) -> Load:
         since,
         running,
         context,
-        min(report.most_tokens, report.most_tokens - claimed),
+        min(report.most_tokens, report.most_tokens - claimed) if report.most_tokens else None,  # 0: not said
         round(there.sharing * context),
     )
 

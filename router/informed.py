@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from kvd.router.activeload import ActiveLoad
+from kvd.router.cost import prefix
 from kvd.router.decisions import Decisions, Made
 from kvd.router.knowledge import Knowledge
 from kvd.router.leastbusy import Asked, LeastBusy, Standing
@@ -127,7 +128,9 @@ class Informed(LeastBusy):
             str(self._number), worker, prompt, chain, block_tokens, matched, best, made,
             Usage(asked.request.path), rates, expected_s, bool(asked.tried),
         )  # fmt: skip
-        self.load.sent(life.id, worker, prompt.tokens, cached, now)
+        there = prefix(prompt.tokens, matched, rates)  # cheaper to compute than to load: it is not loaded
+        loaded = max(0, there.cached - max(matched.gpu, matched.expected))
+        self.load.sent(life.id, worker, prompt.tokens, there.cached, now, there.load_s, loaded)
         if chain:
             self.predicted.sent(life.id, worker, chain[matched.gpu // block_tokens :])
         return life
@@ -218,7 +221,8 @@ class Informed(LeastBusy):
         else:
             self.ledger.dropped(life.id)
         said = f"status {life.status}" if outcome == "answered" and not answered else outcome
-        life.made.ended(now, said, usage.cached)
+        # Of a length that is a guess it would be any part, more than the whole too.
+        life.made.ended(now, said, usage.cached if life.prompt.exact else None)
 
     def _learn(self, life: Life, now: float) -> None:
         tokens = life.usage.tokens
@@ -239,7 +243,7 @@ class Informed(LeastBusy):
     def tick(self, now: float) -> None:
         for life in [life for life in self._unheard.values() if life.expected_at <= now]:
             del self._unheard[life.id]
-            self.load.first_token(life.id, now)  # what was served by then is a guess: nothing is learnt from it
+            self.load.first_token(life.id, now, guessed=True)
         self._learn_from_all()
         super().tick(now)
 

@@ -15,7 +15,7 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     head_at: float = 0.0  # since when that is being computed; says nothing where nothing waits
     running: int = 0  # have their first token, not their last
     context_tokens: int = 0  # of those
-    free_tokens: int | None = None  # of KV memory when all that waits is in; below zero: some wait for it
+    free_tokens: int | None = None  # of KV memory when all that waits is in; below zero: some wait; None: not known
     held_tokens: int = 0  # by those that run: less than their contexts where they have prefixes in common
 
     @property

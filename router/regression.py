@@ -12,6 +12,10 @@ split between the parts as in the prior.
 An engine may be `like` others, of one model in one configuration: one more regression is told what all of them did.
 Its shape is theirs, and they are as fast as it is, unless what one did itself says that it is much faster or slower:
 few observations tell a factor, and a shape only badly. A worker that nothing was observed of is as fast as its like.
+
+Who looks slow is not chosen, and who is not chosen can not show that it is faster by now. So two observations that are
+as its like says always count too (one slow first prompt is no slow engine), and where nothing new comes, what was is
+forgotten little by little, until it is as fast as its like again.
 """
 
 from collections import deque
@@ -24,6 +28,9 @@ _KEPT: Final = 256  # observations
 _AT_ONCE: Final = 8  # of them, the first ones, are learnt from as they come
 _ROUNDS: Final = 4
 _PRIOR: Final = 1.0  # the prior's shape weighs as much as so many observations that contradict it fully
+_DOUBT: Final = 2  # observations that are as its like says count beside those that it made itself
+_STILL: Final = 60  # times that there was nothing new to learn, a minute: then some of what is known is forgotten
+_FORGET: Final = 16  # one of so many then, and one more: all of it in an hour, a few of them in minutes
 _ALIKE: Final = 1.4  # times as fast as those it is like, or as slow: that may be chance
 _FAR: Final = 1.5  # times the median error
 _LEAST_ERROR: Final = 0.02
@@ -39,13 +46,16 @@ class Regression:
         self._prior = tuple(prior)
         self._seen: deque[tuple[tuple[float, ...], float]] = deque(maxlen=_KEPT)
         self._new = False
-        self._found = self._prior
+        self._still = 0
+        self._found: tuple[float, ...] | None = self._prior  # None: what its like have, whatever that is by then
         self.observed = 0
         self.like: Regression | None = None
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        return self._found if self.observed or self.like is None else self.like.coefficients
+        if self.like is not None and (self._found is None or not self._seen):
+            return self.like.coefficients
+        return self._found or self._prior
 
     def observe(self, parts: Sequence[float], seconds: float) -> None:
         """It took so long. What took no time, or had nothing to do, says nothing."""
@@ -57,20 +67,38 @@ class Regression:
         self._seen.append((tuple(parts), seconds))
         self.observed += 1
         self._new = True
-        if self.observed <= _AT_ONCE:
+        if len(self._seen) <= _AT_ONCE:
             self.learn()
 
     def learn(self) -> None:
-        """Make something of what was observed since. Takes two milliseconds, a tenth of that if it is like others."""
-        if not self._new:
+        """Make something of what was observed since. Takes two milliseconds, a tenth of that if it is like others.
+
+        About once a second: of one that is like others, what is not observed again for long is forgotten.
+        """
+        if not self._new and not self._forgets():
             return
-        self._new = False
+        self._new, self._still = False, 0
         if self.like is None:
             self._learn()
             return
         shape = self.like.coefficients
-        level = median(seconds / max(self._by(shape, parts), _SHORTEST_S) for parts, seconds in self._seen)
-        self._found = shape if 1 / _ALIKE < level < _ALIKE else tuple(level * c for c in shape)
+        own = [seconds / max(self._by(shape, parts), _SHORTEST_S) for parts, seconds in self._seen]
+        level = median([1.0] * _DOUBT + own)
+        if not 1 / _ALIKE < level < _ALIKE:
+            self._found = tuple(level * c for c in shape)
+        else:  # the first observation of a kind may be a worker's only one, and the kind soon knows better
+            self._found = shape if len(self._seen) > _AT_ONCE else None
+
+    def _forgets(self) -> bool:
+        """Nothing was new once more; whether the oldest observations were dropped for it."""
+        if self.like is None or not self._seen:
+            return False
+        self._still += 1
+        if self._still < _STILL:
+            return False
+        for _ in range(1 + len(self._seen) // _FORGET):
+            self._seen.popleft()
+        return True
 
     def predict(self, parts: Sequence[float]) -> float:
         """Seconds."""

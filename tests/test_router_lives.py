@@ -4,6 +4,9 @@ import asyncio
 
 import pytest
 
+from kvd.router.knowledge import Manner
+from kvd.router.policies.choice import Matched
+from kvd.router.work import Work
 from tests.router_world import (
     NONE,
     Table,
@@ -58,6 +61,48 @@ def test_an_answer_in_one_piece_teaches_its_length_and_no_speed(table: Table) ->
     play(course())
 
 
+def test_a_guessed_first_token_is_not_learnt_from_beside_a_streams(manner: Manner) -> None:
+    table = Table(["w0"], manner)
+
+    async def course() -> None:
+        steered, loop = steering(table), clock()
+        whole_one = await steered.choose(ask(ids(1000), stream=False), NONE)
+        stream = await steered.choose(ask(ids(1000, 2)), NONE)
+        for choice in (whole_one, stream):
+            steered.sent(choice, loop.now)
+        loop.now += 5.0
+        steered.tick(loop.now)
+        steered.first_byte(stream, 200, loop.now + 0.1)
+        steered.progressed(stream, event(0), loop.now + 0.1)
+        assert table.rate.prefill.observed == 0
+        loop.now += 1.0
+        answer(steered, await steered.choose(ask(ids(1000, 3)), NONE), each_s=0.2)
+        assert table.rate.prefill.observed == 1
+        assert table.rate.prompt_s(1000, 0) == pytest.approx(0.2, rel=0.01)
+
+    play(course())
+
+
+def test_what_is_loaded_from_tiers_is_not_learnt_as_computing(manner: Manner) -> None:
+    class Tiered(Table):
+        def matched(self, *_: object) -> dict[str, Matched]:
+            return {"w0": Matched(gpu=16, ram=992)}
+
+    table = Tiered(["w0"], manner)
+    table.rate.token_bytes = 1_000_000
+    table.rate.told("ram", 0.0, 1e11)
+
+    async def course() -> None:
+        steered, loop = steering(table), clock()
+        for number in range(20):
+            choice = await steered.choose(ask(ids(1000, number)), NONE)
+            assert steered.load.at("w0", loop.now).queued == Work.of(1000, 992)
+            answer(steered, choice, cached=992, each_s=976 * 1e6 / 1e11 + 0.02)
+        assert table.rate.prompt_s(1000, 992) == pytest.approx(0.02, rel=0.01)
+
+    play(course())
+
+
 def test_the_ledger_says_what_was_lost(table: Table) -> None:
     table.blocks["w0"].update(chain(table, ids(1000)))
 
@@ -71,6 +116,18 @@ def test_the_ledger_says_what_was_lost(table: Table) -> None:
         ledger = steered.ledger
         assert (ledger.requests, ledger.available, ledger.achieved) == (2, 2 * 992, 992 + 500)
         assert ledger.lost["eviction"] == 492
+
+    play(course())
+
+
+def test_of_a_length_that_is_a_guess_no_part_is_said_to_be_cached(table: Table) -> None:
+    async def course() -> None:
+        steered = steering(table)
+        for known in (True, False):
+            table.manners = table.manners if known else {"w0": None, "w1": None}
+            answer(steered, await steered.choose(ask(ids(100)), NONE), cached=20_000)
+            made = steered.decisions.last(1)[0]
+            assert (made.cached, made.outcome) == (20_000 if known else None, "answered")
 
     play(course())
 

@@ -5,9 +5,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kvd.router.activeload import STALE_REPORT_S, ActiveLoad
+from kvd.router.cost import room_s
 from kvd.router.flights import MOST_LEFT
 from kvd.router.load import Load, Report
 from kvd.router.predicted import EVENTS_S, Predicted
+from kvd.router.rates import Rates
 from kvd.router.work import NO_WORK, Work
 
 
@@ -76,6 +78,41 @@ def test_prefill_without_gaps_tells_how_fast_a_worker_is() -> None:
     alone = load.first_token("d", 9.05)  # the idle time before is not counted
     assert alone is not None
     assert abs(alone.seconds - 0.05) < 1e-9
+
+
+def test_loading_from_tiers_is_no_prefill() -> None:
+    load = ActiveLoad()
+    for at, (cached, seconds) in enumerate([(30_000, 0.1), (15_000, 0.25), (0, 0.4), (None, 0.1)]):
+        load.sent("a", "w", 32_000, 30_000, now=at, load_s=0.3, loaded=30_000)
+        assert load.at("w", at).queued == Work.of(32_000, 30_000)
+        served = load.first_token("a", at + 0.4, cached)
+        assert served is not None
+        assert served.work == Work.of(32_000, 30_000 if cached is None else cached)
+        assert abs(served.seconds - seconds) < 1e-9, "what the engine computed it did not load"
+
+
+def test_loads_of_several_prompts_say_nothing_where_they_are_most_of_the_time() -> None:
+    load = ActiveLoad()
+    for load_s, learnt in ((0.3, False), (0.1, True)):
+        for request in "ab":
+            load.sent(request, "w", 32_000, 30_000, now=0.0, load_s=load_s, loaded=30_000)
+        assert load.first_token("a", 0.5) is None
+        served = load.first_token("b", 1.0)  # may have been loaded while the other was computed, or in one step
+        assert (served is not None) is learnt
+    assert served is not None
+    assert abs(served.seconds - 0.8) < 1e-9
+
+
+def test_what_is_guessed_says_nothing_of_speed_nor_does_what_comes_right_after() -> None:
+    load = ActiveLoad()
+    for request in "abc":
+        load.sent(request, "w", 1000, 0, now=0.0)
+    assert load.first_token("a", 5.0, guessed=True) is None
+    assert load.first_token("b", 10.0) is None, "nobody knows when it was begun"
+    served = load.first_token("c", 10.25)
+    assert served is not None
+    assert served == (Work.of(1000, 0), 0.25)
+    assert (load.at("w", 11.0).queued, load.at("w", 11.0).running) == (NO_WORK, 3)
 
 
 # -- what engines report ----------------------------------------------------------------------------------
@@ -153,6 +190,15 @@ def test_a_late_report_is_compared_with_its_own_moment() -> None:
     load.finished("a", 3.0)
     load.reported("w", report(1.5, waiting=1, tokens=1000, used=1000))
     assert replace(load.at("w", 3.0), free_tokens=None) == Load()
+
+
+def test_an_engine_that_does_not_say_its_memory_is_not_full() -> None:
+    load = ActiveLoad()
+    load.sent("a", "w", 100, 0, now=1.0)
+    load.first_token("a", 1.1)
+    load.reported("w", Report(2.0, 1, 0, 0, 0, 0))
+    assert load.at("w", 2.0).free_tokens is None
+    assert room_s(10_000, load.at("w", 2.0), Rates()) == 0.0
 
 
 def test_old_reports_and_reports_out_of_order_do_not_count() -> None:

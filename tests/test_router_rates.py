@@ -83,9 +83,12 @@ def test_a_worker_that_nothing_is_known_of_is_as_fast_as_its_kind() -> None:
     assert known.prefill_s(work) == pytest.approx(slow, rel=0.01)
     assert new.prefill_s(work) == pytest.approx(slow, rel=0.01)
     assert (new.interval_s(1, 1000), new.answer_tokens) == (known.interval_s(1, 1000), 9)
-    new.prefilled(work, slow / 10)
+    for _ in range(5):
+        new.prefilled(work, slow / 10)
     new.answered(99)
     assert new.prefill_s(work) == pytest.approx(slow / 10, rel=0.01), "what is known of itself comes first"
+    for _ in range(5):
+        known.prefilled(work, slow)
     assert known.prefill_s(work) == pytest.approx(slow, rel=0.01), "and is its own"
     assert (new.answer_tokens, known.answer_tokens, kind.answer_tokens) == (99, 9, 54)
 
@@ -121,6 +124,42 @@ def test_workers_of_a_kind_are_alike_unless_one_is_much_slower() -> None:
         seconds = sum(c * part for c, part in zip(truth, work, strict=True))
         assert few.prefill_s(work) == kind.prefill_s(work) == pytest.approx(seconds, rel=0.15)
         assert slow.prefill_s(work) == pytest.approx(5 * seconds, rel=0.3)
+
+
+def test_one_slow_first_prompt_makes_no_slow_worker() -> None:
+    kind, unlucky, other = Rates(), Rates(), Rates()
+    unlucky.follow(kind)
+    other.follow(kind)
+    work, usual = Work.of(1000, 0), Rates().prefill_s(Work.of(1000, 0))
+    unlucky.prefilled(work, 200 * usual)  # it compiled its kernels
+    for _ in range(20):
+        other.prefilled(work, usual)
+    kind.learn()
+    assert unlucky.prefill_s(work) == pytest.approx(usual, rel=0.1), "it would never be chosen again"
+    late = Rates()
+    late.follow(kind)
+    late.prefilled(work, 200 * usual)
+    assert late.prefill_s(work) == pytest.approx(usual, rel=0.1)
+
+
+def test_who_was_slow_is_as_fast_as_its_kind_again_when_nothing_more_is_seen_of_it() -> None:
+    kind, slow, steady = Rates(), Rates(), Rates()
+    work, usual = Work.of(1000, 0), Rates().prefill_s(Work.of(1000, 0))
+    for _ in range(100):
+        kind.prefilled(work, usual)
+    for rates in (slow, steady):
+        rates.follow(kind)
+        for _ in range(40):
+            rates.prefilled(work, 5 * usual)
+    for second in range(60 * 60):
+        if second % 50 == 0:
+            steady.prefilled(work, 5 * usual)
+        for rates in (kind, slow, steady):
+            rates.learn()
+        if second == 60 * 10:
+            assert slow.prefill_s(work) == pytest.approx(5 * usual, rel=0.1), "not at once"
+    assert slow.prefill_s(work) == kind.prefill_s(work)
+    assert steady.prefill_s(work) == pytest.approx(5 * usual, rel=0.1), "of which something was seen"
 
 
 def test_what_a_node_says_of_its_tiers_is_believed() -> None:

@@ -61,7 +61,8 @@ def _facts(made: replies.Decision) -> Iterator[tuple[str, str]]:
     predicted, actual = made.predicted_ttft_s, made.actual_ttft_s
     yield "predicted", f"{seconds(predicted)} to the first token" if predicted is not None else "not by this policy"
     yield "actual", f"{seconds(actual)} to the first token" if actual is not None else "no first token was seen"
-    engine = f"{cached(made)} of the prompt" if made.cached_tokens is not None else "the engine has not said"
+    unsaid = "not told, since the prompt's length is a guess" if made.unknown else "the engine has not said"
+    engine = f"{cached(made)} of the prompt" if made.cached_tokens is not None else unsaid
     yield "cached", engine
     took = f" after {seconds(made.took_s)}" if made.took_s is not None else ""
     yield "outcome", f"{made.outcome}{took}" if made.outcome else "not over yet"
