@@ -1,7 +1,9 @@
 """What the nodes of a shared tier do to its folder now and then: merging, age-out, sweeping up."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,9 +110,11 @@ class TestHousekeeping:
     def test_what_crashes_left_is_swept_by_age_and_foreign_files_never(self, node: Node, tmp_path: Path) -> None:
         put(node("a"), sample(1))
         folder = tmp_path / "shared"
-        temporary, stranger = folder / "a" / ".x.pages.arrow.1.tmp", folder / "a" / "notes.txt"
+        temporary = folder / "a" / f".{files(tmp_path)[0].name}.1.tmp"
+        strangers = folder / "a" / "notes.txt", folder / "a" / ".x.pages.arrow.1.tmp", folder / "b" / "thesis.tmp"
+        (folder / "b").mkdir()
         half = files(tmp_path)[0].with_name("0" * 15 + "1-" + "0" * 16 + ".pages.arrow")
-        for path in (temporary, stranger, half):
+        for path in (temporary, half, *strangers):
             path.write_bytes(b"half")
         tier = node("b", leftover_s=99)
         tier.news()
@@ -120,8 +124,23 @@ class TestHousekeeping:
         tier.news()
         assert not temporary.exists()
         assert not half.exists()
-        assert stranger.exists()
-        assert tier.counters["foreign"] == tier.counters["truncated"] == 1
+        assert all(stranger.exists() for stranger in strangers)
+        assert (tier.counters["foreign"], tier.counters["truncated"]) == (3, 1)
+
+    def test_a_folder_that_may_not_be_read_is_nobodys(
+        self, node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(node("a"), sample(1))
+        (tmp_path / "shared" / "lost+found").mkdir()
+        listed = os.scandir
+
+        def forbidden(folder: Path) -> Any:
+            if Path(folder).name == "lost+found":
+                raise PermissionError(13, "Permission denied")
+            return listed(folder)
+
+        monkeypatch.setattr(os, "scandir", forbidden)  # for root nothing is
+        assert get(node("b"), sample(1)) == [sample(1)]
 
     def test_a_put_that_cannot_fit_is_refused_and_evicts_nothing(self, node: Node) -> None:
         tier = node("a", quota_bytes=MIB)

@@ -43,7 +43,11 @@ class Folder:
         found: list[Entry] = []
         for node in _listed(self._root):
             if node.is_dir(follow_symlinks=False):
-                for file in _listed(Path(node.path)):
+                try:
+                    listed = _listed(Path(node.path))
+                except PermissionError:
+                    continue  # no node's: lost+found, somebody else's
+                for file in listed:
                     try:
                         if file.is_file(follow_symlinks=False):
                             found.append(Entry(f"{node.name}/{file.name}", file.stat(follow_symlinks=False).st_size))

@@ -21,13 +21,14 @@ from typing import Final
 from kvd.storage.shared import graves
 from kvd.storage.shared.changes import Changes
 from kvd.storage.shared.copies import Copies, SealedFile
-from kvd.storage.shared.depot import TEMPORARY, Depot, Entry
+from kvd.storage.shared.depot import Depot, Entry
 from kvd.storage.shared.sealed import Row, Unreadable, fits, lay_out
 from kvd.storage.shared.sealedreads import ABSENT, DAMAGED, GOOD, Wish, index_of, read_pages
 from kvd.storage.shared.stamps import Stamps, at
 from kvd.storage.tier import Buffers, Name, News, Page, TierError
 
 _FILE: Final = re.compile(r"([\w.-]+)/([0-9a-f]{16})-[0-9a-f]{16}\.(pages|graves)\.arrow", re.ASCII)
+_TEMPORARY: Final = re.compile(r"[\w.-]+/\.[0-9a-f]{16}-[0-9a-f]{16}\.(pages|graves)\.arrow\.[0-9]+\.tmp", re.ASCII)
 _AHEAD_S: Final = 86_400.0  # whose clock is further ahead would drag all clocks along
 
 
@@ -87,7 +88,7 @@ class SharedFiles:
             self.leftovers = {path: size for path, size in self.leftovers.items() if path in there}
             for entry in new:
                 if entry.path not in matched:
-                    temporary = entry.path.endswith(TEMPORARY)
+                    temporary = _TEMPORARY.fullmatch(entry.path)  # others' files may end like that, and are left alone
                     self._ignore(entry, "temporary" if temporary else "foreign")
 
     def forget(self, path: str) -> None:
