@@ -30,7 +30,10 @@ class Link:
         self, path: Path, role: Literal["worker", "tool"], label: str, lease_fd: int | None, timeout_s: float
     ) -> None:
         self._inbox = bytearray()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise Unavailable(f"no socket can be made: {error}", "raise the limit of open files") from error
         fds: list[int] = []
         try:
             self.sock.settimeout(timeout_s)

@@ -112,6 +112,11 @@ def weight_version() -> str:
     return f"{named}/{weightwatch.epoch()}"
 
 
+def weights_change() -> bool:
+    """Whether they are being updated just now."""
+    return weightwatch.running()
+
+
 def weights_identity(model_path: str) -> str:
     """Names the weights, and what the launch arguments make of them. Raises Unsupported when that is not certain."""
     arguments = server_args()

@@ -32,6 +32,7 @@ STALLED_AFTER_S = 1.0
 CLOSE_TIMEOUT_S = 0.5
 REPORT_EVERY_S = 1.0
 _BACKOFF_S = (0.05, 1.0)  # first, longest
+_LASTED_S = 5.0  # an attachment that was none of a kvd that hangs up on us
 _MAP_STEP, _MAP_EVERY_MS = 16 << 20, 10
 
 
@@ -113,12 +114,12 @@ class Session:
         while not self._stopping:
             try:
                 attachment = self._attach()
-            except KvdError as error:
+            except (KvdError, OSError) as error:  # OSError: no descriptors are left, and may be later
                 self._say(f"detached: {error}")
                 self._pause(wait_s)
                 wait_s = min(2 * wait_s, _BACKOFF_S[1])
                 continue
-            wait_s = _BACKOFF_S[0]
+            began = time.monotonic()
             try:
                 self._watch(attachment)
             except KvdError as error:
@@ -130,10 +131,18 @@ class Session:
                 self.attachment = None
                 attachment.link.close()
                 attachment.channels.close()
+            lasted = time.monotonic() - began >= _LASTED_S
+            wait_s = _BACKOFF_S[0] if lasted else min(2 * wait_s, _BACKOFF_S[1])
+            if not lasted:
+                self._pause(wait_s)  # a kvd that hangs up at once does so again
 
     def _attach(self) -> Attachment:
         link = Link(self._socket, "worker", self._label, self.leases.fd, ATTACH_TIMEOUT_S)
-        attachment = Attachment(link, Channels(link.welcome), bytes_of(link.arena), link.index)
+        try:
+            attachment = Attachment(link, Channels(link.welcome), bytes_of(link.arena), link.index)
+        except BaseException:
+            link.close()
+            raise
         self.attachment = attachment
         self._counters["attached"] += 1
         self._say(f"attached to kvd {link.welcome.version} at {self._socket}")

@@ -74,8 +74,8 @@ class Shelves:
         return real <= named and attachment.joined >= len(self._specs)
 
     def find(self, name: str, access: str = PIECES) -> Shelf | None:
-        """The shelf of a pool, or None: not named yet, or its weights have just changed."""
-        if engine.weight_version() != self._weight_version:
+        """The shelf of a pool, or None: not named yet, or its weights have just changed, or do so."""
+        if engine.weights_change() or engine.weight_version() != self._weight_version:
             self._counters["miss_weights_changed"] += 1
             self.session.wake()
             return None
@@ -95,6 +95,8 @@ class Shelves:
             version = engine.weight_version()
             if version != self._weight_version:
                 self._shelves, self._weight_version = {}, version
+            if engine.weights_change():
+                return self._specs
             if self._pools and not self._weights:
                 self._weights = self.config.weights_id or engine.weights_identity(self.config.model_path)
             for name, pool in list(self._pools.items()):

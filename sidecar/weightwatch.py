@@ -4,13 +4,16 @@ SGLang tells no storage backend about online updates (/update_weights_from_disk,
 sglang 0.5.23, srt/managers/scheduler_components/weight_updater.py). Where it has plugin hooks, this module is loaded
 through the entry point group "sglang.srt.plugins" and counts updates in the scheduler's process. What memory holds
 after an update is known to nobody, so the worker gets an identity of its own then: shared by its ranks, which have
-the same parent process, and by no other worker. Releases without hooks: restart the worker after an update.
+the same parent process, and by no other worker. An update takes seconds, and writes of pages that were computed before
+it may still be waiting: until it ends, and SGLang has flushed its own cache, there is no identity that they could be
+written under. Releases without hooks: restart the worker after an update.
 
 Loaded into every SGLang process of an environment that has kvd installed: imports nothing until a hook runs.
 """
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 _CLASS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -18,6 +21,7 @@ _UPDATES = ("update_weights_from_disk", "update_weights_from_tensor", "update_we
             "update_weights_from_ipc")  # fmt: skip
 
 _updates = 0
+_running = 0
 
 
 def register() -> None:
@@ -25,13 +29,23 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for name in _UPDATES:
-        HookRegistry.register(f"{_CLASS}.{name}", count, HookType.BEFORE)
+        HookRegistry.register(f"{_CLASS}.{name}", update, HookType.AROUND)
 
 
-def count(*_: Any, **__: Any) -> None:
-    """Before an update begins: from now on this worker's weights are nobody else's."""
-    global _updates
+def update(original: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """An update, whatever becomes of it: from its beginning on this worker's weights are nobody else's."""
+    global _updates, _running
+    _running += 1  # before the count: no moment may look as if it were over
     _updates += 1
+    try:
+        return original(*args, **more)
+    finally:
+        _running -= 1
+
+
+def running() -> bool:
+    """Whether one is going on: weights are partly these and partly those."""
+    return _running > 0
 
 
 def epoch() -> str:

@@ -15,7 +15,9 @@ from kvd import wire
 from kvd.client import Link
 from kvd.errors import PeerError, Unavailable
 from kvd.leasetable import LeaseTable
+from kvd.sidecar import weightwatch
 from tests.harness import Daemon, PluginProcess, eventually, reattached, span
+from tests.plugin_process import Worker
 
 DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
 
@@ -284,3 +286,30 @@ def test_a_lease_table_that_is_full_falls_back_to_asking(daemon: Daemon) -> None
     assert table.hold((5000,), now, 10.0) is None
     assert table.hold((5000,), now + 11, 10.0) is not None
     table.close()
+
+
+# -- weights change ----------------------------------------------------------------------------------------------
+
+
+def test_pages_of_weights_that_are_being_replaced_are_nobodys(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang flushes what it holds when an update ends; until then writes of older pages may still come."""
+    monkeypatch.setattr(weightwatch, "_updates", 0)
+    worker, keys = Worker(str(daemon.socket)), span(4)
+    try:
+        assert worker.wait()
+        assert worker.put(keys) == [True] * 4
+
+        def update() -> None:
+            assert worker.plugin.batch_exists(keys) == 0
+            time.sleep(0.1)  # the session's thread has looked at it
+            assert not worker.plugin.ready
+            assert worker.put(keys) == [False] * 4
+
+        weightwatch.update(update)
+        assert worker.plugin.batch_exists(keys) == 0
+        eventually(lambda: worker.plugin.ready, 10)
+        assert worker.plugin.batch_exists(keys) == 0
+        assert worker.put(keys) == [True] * 4
+        assert worker.take(keys) == ["right"] * 4
+    finally:
+        worker.plugin.close()

@@ -47,9 +47,19 @@ def test_decode_context_parallelism_is_refused() -> None:
 def test_an_online_update_changes_the_name_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weightwatch, "_updates", 0)
     assert weightwatch.epoch() == ""
-    weightwatch.count()
+    seen: list[tuple[bool, str]] = []
+
+    def update(*given: int) -> tuple[int, ...]:
+        seen.append((weightwatch.running(), weightwatch.epoch()))
+        return given
+
+    assert weightwatch.update(update, 1, 2) == (1, 2)
     first = weightwatch.epoch()
+    assert seen == [(True, first)]
+    assert not weightwatch.running()
     assert first
     assert weightwatch.epoch() == first, "ranks of one worker agree"
-    weightwatch.count()
-    assert weightwatch.epoch() != first
+    with pytest.raises(ZeroDivisionError):
+        weightwatch.update(lambda: 1 // 0)
+    assert weightwatch.epoch() != first, "an update that failed may have changed some of them"
+    assert not weightwatch.running()

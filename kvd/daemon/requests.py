@@ -11,13 +11,16 @@ MAX_SHARDS = 1024
 MAX_CHAIN = 1 << 32  # pages
 MAX_HELD = 512  # leases and reservations of one session; an honest one has as many as it has threads
 MAX_NAMESPACES = 256  # of one session
+_MOST_PAGE_TOKENS = 1 << 20
 
 
 def valid_namespace(spec: wire.NamespaceSpec, extent_bytes: int) -> None:
     """Is it well formed, and does its page fit the arena's extents?"""
     if len(spec.digest) != NAMESPACE_BYTES or not 0 <= spec.shard < spec.shards <= MAX_SHARDS:
         raise PeerError("malformed namespace")
-    if spec.page_bytes <= 0 or spec.page_tokens <= 0 or len(spec.label) > 256 or len(spec.pool) > 64:
+    if spec.page_bytes <= 0 or not 0 < spec.page_tokens <= _MOST_PAGE_TOKENS:
+        raise PeerError("malformed namespace")
+    if len(spec.label) > 256 or len(spec.tenant) > 256 or len(spec.pool) > 64:
         raise PeerError("malformed namespace")
     if len(spec.family) not in (0, NAMESPACE_BYTES):
         raise PeerError("malformed namespace")

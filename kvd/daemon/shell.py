@@ -179,8 +179,12 @@ class Shell:
             return self._node.reading.lease(session, request, now)
 
         def here() -> None:
-            if self._node.sessions.by_ticket(session.ticket) is session:
+            if self._node.sessions.by_ticket(session.ticket) is not session:
+                return
+            try:
                 respond(self._node.reading.lease(session, request, time.monotonic()))
+            except PeerError as error:  # out of here it would end the daemon
+                self._drop(session.ticket, str(error))
 
         until = self._node.promotion.wait(coming, now + min(request.wait_s, MAX_WAIT_S), here)
         asyncio.get_running_loop().call_later(until - now + 0.001, self._give_up_waiting)
