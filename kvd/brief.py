@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from kvd.errors import PeerError
+from kvd.errors import UNDECODABLE, PeerError
 from kvd.sglang_events import GPU, MAX_BATCH_BYTES, AnyEvent, Cleared, Removed, Stored, encode, read_frames
 from kvd.wire.stream import TOPIC, Head, Run, pack_hashes
 
@@ -81,7 +81,7 @@ class Briefs:
         try:
             packed = _packed(first[len(TOPIC) :])
             head = self._heads.get(packed.head) or self._remember(packed.head)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise PeerError(f"not a brief of a batch: {error}") from error
         for change in packed.changes:
             if any([len(hashes) % _HASH_BYTES for hashes in _hashes(change)]):

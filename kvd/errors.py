@@ -13,6 +13,13 @@ A miss is not here: a miss is a value, because a worker can always recompute.
     `- Unsupported      this worker's set-up cannot be cached safely   plugin stays off, loudly
 """
 
+from typing import Final
+
+# What decoding somebody else's bytes raises: msgspec's own errors, which are ValueErrors, and what it lets through, of
+# text that is none (UnicodeDecodeError, a ValueError too), of figures that are too large, of deep nesting. Where only
+# DecodeError was caught, one such message ended the process.
+UNDECODABLE: Final = (ValueError, OverflowError, RecursionError)
+
 
 class KvdError(Exception):
     """Base of all. `hint` is one line an operator can act on; it may be empty."""

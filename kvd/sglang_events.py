@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvd.errors import PeerError
+from kvd.errors import UNDECODABLE, PeerError
 from kvd.wire.stream import Head
 
 GPU, CPU_PINNED = "GPU", "CPU_PINNED"
@@ -130,7 +130,7 @@ def decode(payload: bytes) -> Batch:
         raise PeerError(f"a batch of {len(payload)} bytes")
     try:
         batch = _decode(payload)
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerError(
             f"not a batch of KV events: {error}", "is another program's publisher at this address?"
         ) from error

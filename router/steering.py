@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvd.errors import KvdError
+from kvd.errors import UNDECODABLE, KvdError
 
 # What became of a request at one worker: answered in full; not taken, because no connection was to be had, or with a
 # 503; lost before the first byte of an answer; its answer cut; or nobody wants it any more.
@@ -97,7 +97,7 @@ class Incoming(msgspec.Struct):
         if self._json is msgspec.UNSET:
             try:
                 self._json = _decode(self.body)
-            except (ValueError, RecursionError):  # of bytes that are no text, too
+            except UNDECODABLE:
                 self._json = None
         return self._json
 

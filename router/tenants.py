@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvd.errors import KvdError, SettingsError
+from kvd.errors import UNDECODABLE, KvdError, SettingsError
 
 SALT_FIELD = "cache_salt"
 _MIN_KEY_BYTES = 16
@@ -126,7 +126,7 @@ class Tenants:
         """The body with the tenant's salt instead of any that it had. Raises Unsaltable."""
         try:
             request = _decode(body)
-        except (ValueError, RecursionError) as error:  # of bytes that are no text, too
+        except UNDECODABLE as error:
             raise Unsaltable(f"the body is not JSON: {error}") from error
         if not isinstance(request, dict):
             raise Unsaltable("the body is not a JSON object")
@@ -140,5 +140,5 @@ class Tenants:
         salt: Any = [self.salt(tenant, str(one or "")) for one in own] if isinstance(own, list) else ""
         try:  # by the standard library, which keeps integers of any size, and goes less deep
             return json.dumps(json.loads(body) | {SALT_FIELD: salt or self.salt(tenant, str(own or ""))}).encode()
-        except (ValueError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise Unsaltable(f"the body cannot be given another salt: {error}") from error

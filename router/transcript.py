@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from kvd.errors import UNDECODABLE
 from kvd.router.proxy.endpoints import Stream
 
 _UNREAD_BYTES = 128 << 10  # of one stream; reading costs more than passing on
@@ -19,7 +20,7 @@ _MOST = 4 << 20  # characters and ids kept of one stream
 _DONE = b"data: [DONE]\n\n"
 _decode = msgspec.json.Decoder().decode
 # What bytes may raise that are not what they should be: workers break, and nothing they say ends the router.
-STRANGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, msgspec.MsgspecError)
+STRANGE = (*UNDECODABLE, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 class Transcript:

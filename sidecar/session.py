@@ -62,6 +62,7 @@ class Session:
         self._counters = counters
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
+        self._ending = threading.Lock()  # whoever has it finds `_wake` open, or `_stopping` set
         self._said = ""
         self._thread = threading.Thread(target=self._run, name="kvd-session", daemon=True)
 
@@ -70,8 +71,9 @@ class Session:
 
     def wake(self) -> None:
         """There is something new to join or to report."""
-        if not self._stopping:
-            os.eventfd_write(self._wake, 1)
+        with self._ending:
+            if not self._stopping:
+                os.eventfd_write(self._wake, 1)
 
     def trip(self, reason: str) -> None:
         """A call missed its deadline or met garbage: open the circuit."""
@@ -87,18 +89,21 @@ class Session:
             log.error("kvd is OFF for this worker: %s", reason)
 
     def close(self) -> None:
-        if self._stopping:
-            return
-        self._stopping = True
+        with self._ending:
+            if self._stopping:
+                return
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
         self.circuit.trip("closed", time.monotonic())
-        os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
             self._thread.join(timeout=CLOSE_TIMEOUT_S)  # in the middle of attaching, it ends on its own
         elif self._thread.ident is None:
             self._clean_up()
 
     def _clean_up(self) -> None:
-        os.close(self._wake)
+        with self._ending:  # else a later wake() would write into whatever has its number by then
+            self._stopping = True
+            os.close(self._wake)
         self.leases.close()
 
     # -- the thread ----------------------------------------------------------------------------------------

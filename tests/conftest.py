@@ -11,6 +11,7 @@ import pytest
 
 from kvd.router.knowledge import Manner
 from tests.harness import ARENAS, Daemon, PluginProcess, eventually
+from tests.router_harness import MockWorker
 from tests.router_world import Table, open_manner
 
 collect_ignore_glob: list[str] = []
@@ -133,3 +134,10 @@ def manner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manner]:
 def table(manner: Manner) -> Table:
     """What a router knows of two workers of that model."""
     return Table(["w0", "w1"], manner)
+
+
+@pytest.fixture(scope="module")
+def mock() -> Iterator[MockWorker]:
+    """A worker that generates nothing but counts, for all tests of a file."""
+    with MockWorker() as running:
+        yield running

@@ -87,6 +87,14 @@ def test_a_change_that_cannot_be_read_is_not_skipped(change: object) -> None:
         Briefs().read(frames(TOPIC + pack([pack({"node": "n", "epoch": 5, "source": {}}), [[2, None], change]])))
 
 
+def test_text_that_is_none_is_refused_like_anything_else() -> None:
+    packed = pack([pack({"node": "n", "epoch": 5, "source": {}}), [[2, "NAME"]]])
+    for wrong in (packed.replace(b"NAME", b"\xff\xff\xff\xff"), packed.replace(b"\xa1n", b"\xa1\xff")):
+        assert wrong != packed
+        with pytest.raises(PeerError):
+            Briefs().read(frames(TOPIC + wrong))
+
+
 @pytest.mark.parametrize(
     "speeds", [[["DISK", 0.0, 0.1]], [["DISK", float("nan"), 0.1]], [["DISK", 1e9, -1.0]], [["DISK", 1e9, 0.1]] * 17]
 )

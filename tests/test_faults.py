@@ -4,6 +4,7 @@ A worker always gets an answer within its deadline, wrong bytes never come back,
 """
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -286,6 +287,22 @@ def test_a_lease_table_that_is_full_falls_back_to_asking(daemon: Daemon) -> None
     assert table.hold((5000,), now, 10.0) is None
     assert table.hold((5000,), now + 11, 10.0) is not None
     table.close()
+
+
+# -- nothing is left ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_without_descriptors_attaches_once_it_has_some(daemon: Daemon, worker: PluginProcess) -> None:
+    daemon.kill()
+    pid = worker.process.pid
+    had = resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    daemon.start()
+    time.sleep(1.5)  # of attaching in vain: nothing tells that it does
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, had)
+    reattached(worker)
+    keys = span(4)
+    assert worker.do("put", keys=keys) == [True] * 4
+    assert worker.do("take", keys=keys) == ["right"] * 4
 
 
 # -- weights change ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import zmq
 
 from kvd import wire
 from kvd.index import IndexWriter, index_bytes
-from tests.harness import PluginProcess, span
+from tests.harness import PluginProcess, eventually, span
 
 DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
 
@@ -20,8 +21,11 @@ DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
 class Liar:
     """Answers like kvd on kvd.sock, and with garbage on kvd.data. Stands in for a broken daemon."""
 
-    def __init__(self, folder: Path, garbage: bytes) -> None:
+    def __init__(self, folder: Path, garbage: bytes = b"", stays: bool = True) -> None:
+        """`stays`: on the line, once a worker has joined."""
         folder.mkdir(parents=True)
+        self._stays = stays
+        self.joined_at: list[float] = []
         self.path, self._garbage = folder / "kvd.sock", garbage
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
@@ -58,6 +62,9 @@ class Liar:
                     (length,) = wire.FRAME.unpack_from(data)
                     message = wire.decode_to_daemon(data[4 : 4 + length])
                     if isinstance(message, wire.Join):
+                        self.joined_at.append(time.monotonic())
+                        if not self._stays:
+                            break
                         peer.sendall(wire.frame(wire.Joined(list(range(len(message.namespaces))))))
                     elif isinstance(message, wire.Ping):
                         peer.sendall(wire.frame(wire.Pong(message.n)))
@@ -104,5 +111,16 @@ def test_a_lying_daemon_is_a_miss(tmp_path: Path, garbage: bytes) -> None:
                 assert worker.seconds < DEADLINE_S
                 assert answer in (["miss"] * 5, [False] * 5, [True] * 5, 0)
             assert worker.process.poll() is None
+    finally:
+        liar.close()
+
+
+def test_a_daemon_that_hangs_up_at_once_is_asked_ever_more_slowly(tmp_path: Path) -> None:
+    liar = Liar(tmp_path / "run", stays=False)
+    try:
+        with PluginProcess(liar.path) as worker:
+            eventually(lambda: len(liar.joined_at) >= 6, 20)
+            assert liar.joined_at[5] - liar.joined_at[0] > 1.0
+            assert worker.do("exists", keys=span(5)) == 0
     finally:
         liar.close()

@@ -1,5 +1,6 @@
 """A real kvd with its NVMe tier in a real process on a real file system: restarts, deaths, damage, lack of room."""
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from kvd import wire
 from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
-from tests.kvdctl import doctor, of
+from tests.kvdctl import RawWorker, doctor, of
 
 
 def two_tiers(folder: Path, arena_mib: int = 16, **settings: object) -> Daemon:
@@ -293,3 +294,27 @@ def test_the_doctor_is_green_about_a_tier_that_works(daemon: Daemon, worker: Plu
     (green,) = of(findings, "nvme")
     assert (status, green["level"]) == (0, "green")
     assert "20 pages" in green["message"]
+
+
+def test_more_reads_of_one_page_from_below_than_a_session_may_hold_end_the_session(daemon: Daemon) -> None:
+    with RawWorker(daemon) as before:
+        (key,) = before.put(1)
+        written(daemon, 1)
+    reboot(daemon)
+    with RawWorker(daemon) as greedy:
+        tier = process_of(daemon)
+        tier.suspend()
+        try:
+            with contextlib.ExitStack() as lent:
+                for _ in range(12):
+                    channel = lent.enter_context(greedy.channels.lend())
+                    for number in range(50):
+                        channel.tell(wire.LeasePages(number, 0, key, 30.0, 8.0))
+                time.sleep(0.1)  # all of them wait
+                tier.resume()
+                eventually(lambda: not daemon.status().workers, 10, "the greedy session is gone")
+        finally:
+            tier.resume()
+    assert daemon.faults() == []
+    with RawWorker(daemon) as honest:
+        assert honest.found([key]) == 1

@@ -15,21 +15,15 @@ HELLO = post("/echo", b"hello")
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[MockWorker]:
-    with MockWorker() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def router(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+def router(mock: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     limits = {"limits__head_s": 0.6, "limits__body_s": 0.6, "limits__body_bytes": 1 << 20, "limits__head_bytes": 16384}
-    with Router(tmp_path_factory.mktemp("router"), worker.url, **limits, listen__clients=64) as running:
+    with Router(tmp_path_factory.mktemp("router"), mock.url, **limits, listen__clients=64) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
-def forget(worker: MockWorker) -> None:
-    worker.forget()
+def forget(mock: MockWorker) -> None:
+    mock.forget()
 
 
 def request(*lines: str, body: bytes = b"") -> bytes:
@@ -108,17 +102,17 @@ ATTACKS = {
 }  # fmt: skip
 
 
-def test_each_is_refused_and_no_worker_sees_it(router: Router, worker: MockWorker) -> None:
+def test_each_is_refused_and_no_worker_sees_it(router: Router, mock: MockWorker) -> None:
     got = {name: answers(router.talk(sent)) for name, (sent, _) in ATTACKS.items()}
     assert got == {name: [status] for name, (_, status) in ATTACKS.items()}, "what follows a refusal is no request"
-    assert worker.requests == []
+    assert mock.requests == []
 
 
-def test_after_a_good_request_each_is_refused_all_the_same(router: Router, worker: MockWorker) -> None:
+def test_after_a_good_request_each_is_refused_all_the_same(router: Router, mock: MockWorker) -> None:
     """In one packet: the first is answered, the second refused, and what was in the second goes nowhere."""
     got = {name: answers(router.talk(HELLO + sent)) for name, (sent, _) in ATTACKS.items()}
     assert got == {name: [200, status] for name, (_, status) in ATTACKS.items()}
-    assert [seen["target"] for seen in worker.requests] == ["/echo"] * len(ATTACKS)
+    assert [seen["target"] for seen in mock.requests] == ["/echo"] * len(ATTACKS)
 
 
 def answers(reply: bytes) -> list[int]:
@@ -127,7 +121,7 @@ def answers(reply: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", reply)]
 
 
-def test_what_a_worker_gets_is_written_afresh(router: Router, worker: MockWorker) -> None:
+def test_what_a_worker_gets_is_written_afresh(router: Router, mock: MockWorker) -> None:
     """However the body was framed and whatever was meant for us: one request, one length, all of it."""
     sent = request(
         POST, HOST, "Transfer-Encoding: Chunked", "Connection: keep-alive, x-secret", "x-secret: 1", "Keep-Alive: 5",
@@ -137,7 +131,7 @@ def test_what_a_worker_gets_is_written_afresh(router: Router, worker: MockWorker
     with router.connect() as sock:
         sock.sendall(sent)
         assert until(sock, b"hello")
-    (raw,) = worker.seen["connections"]
+    (raw,) = mock.seen["connections"]
     head, _, body = raw.partition("\r\n\r\n")
     lines = head.split("\r\n")
     assert lines[0] == "POST /echo HTTP/1.1"
@@ -148,32 +142,32 @@ def test_what_a_worker_gets_is_written_afresh(router: Router, worker: MockWorker
     assert "x-kept: yes" in lines
 
 
-def test_requests_in_one_packet_are_answered_in_order(router: Router, worker: MockWorker) -> None:
+def test_requests_in_one_packet_are_answered_in_order(router: Router, mock: MockWorker) -> None:
     with router.connect() as sock:
         sock.sendall(b"".join(post("/echo", b"number %d" % n) for n in range(50)))
         reply = until(sock, b"number 49")
     assert [reply.index(b"number %d" % n) for n in range(50)] == sorted(
         reply.index(b"number %d" % n) for n in range(50)
     )
-    assert [seen["body"] for seen in worker.requests] == [f"number {n}" for n in range(50)]
+    assert [seen["body"] for seen in mock.requests] == [f"number {n}" for n in range(50)]
 
 
-def test_a_body_byte_by_byte_is_one_request(router: Router, worker: MockWorker) -> None:
+def test_a_body_byte_by_byte_is_one_request(router: Router, mock: MockWorker) -> None:
     with router.connect() as sock:
         for byte in post("/echo", b"hi"):
             sock.send(bytes([byte]))
         assert until(sock, b"hi").startswith(b"HTTP/1.1 200")
-    assert len(worker.requests) == 1
+    assert len(mock.requests) == 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /echo HT", b"GET /echo HTTP/1.1\r\nhost: x\r\n", HELLO[:-2]])
-def test_who_is_slow_to_ask_is_sent_away(router: Router, worker: MockWorker, sent: bytes) -> None:
+def test_who_is_slow_to_ask_is_sent_away(router: Router, mock: MockWorker, sent: bytes) -> None:
     reply = router.talk(sent)
     assert reply.startswith(b"HTTP/1.1 408 ") if sent else reply == b""
-    assert worker.requests == []
+    assert mock.requests == []
 
 
-def test_who_drips_a_head_is_sent_away(router: Router, worker: MockWorker) -> None:
+def test_who_drips_a_head_is_sent_away(router: Router, mock: MockWorker) -> None:
     """A byte now and then does not move the deadline."""
     with router.connect() as sock:
         sock.settimeout(0.05)
@@ -186,44 +180,44 @@ def test_who_drips_a_head_is_sent_away(router: Router, worker: MockWorker) -> No
             except TimeoutError:
                 continue
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert worker.requests == []
+    assert mock.requests == []
 
 
-def test_a_body_larger_than_allowed_is_refused_while_it_comes(router: Router, worker: MockWorker) -> None:
+def test_a_body_larger_than_allowed_is_refused_while_it_comes(router: Router, mock: MockWorker) -> None:
     chunk = b"10000\r\n" + b"a" * 65536 + b"\r\n"
     reply = router.talk(request(POST, HOST, "transfer-encoding: chunked") + chunk * 20)
     assert reply.startswith(b"HTTP/1.1 413 ")
-    assert worker.requests == []
+    assert mock.requests == []
 
 
-def test_an_announced_body_is_asked_for(router: Router, worker: MockWorker) -> None:
+def test_an_announced_body_is_asked_for(router: Router, mock: MockWorker) -> None:
     with router.connect() as sock:
         sock.sendall(request(POST, HOST, "content-length: 5", "expect: 100-continue"))
         assert until(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"hello")
         assert until(sock, b"hello").startswith(b"HTTP/1.1 200")
-    (seen,) = worker.requests
+    (seen,) = mock.requests
     assert "expect" not in dict(seen["headers"])
 
 
-def test_deep_json_harms_nobody(router: Router, worker: MockWorker) -> None:
+def test_deep_json_harms_nobody(router: Router, mock: MockWorker) -> None:
     """It is the worker's to refuse; the router does not fall over it."""
-    worker.set(status=400)
+    mock.set(status=400)
     try:
         assert router.talk(post("/generate", b"[" * 500_000, "connection: close")).startswith(b"HTTP/1.1 400 ")
     finally:
-        worker.set(status=200)
-    assert len(worker.requests) == 1
+        mock.set(status=200)
+    assert len(mock.requests) == 1
 
 
-def test_bytes_that_are_no_text_are_the_workers_to_refuse(router: Router, worker: MockWorker) -> None:
-    worker.set(status=400)
+def test_bytes_that_are_no_text_are_the_workers_to_refuse(router: Router, mock: MockWorker) -> None:
+    mock.set(status=400)
     try:
         reply = router.talk(post("/generate", b'{"text": "caf\xe9"}', "connection: close"))
     finally:
-        worker.set(status=200)
+        mock.set(status=200)
     assert reply.startswith(b"HTTP/1.1 400 ")
-    assert len(worker.requests) == 1
+    assert len(mock.requests) == 1
 
 
 def test_too_many_connections_are_turned_away_and_room_comes_back(router: Router) -> None:
@@ -265,12 +259,12 @@ def test_an_answer_to_head_has_no_body(router: Router) -> None:
     assert rest.startswith(b"HTTP/1.1 200 ")
 
 
-def test_the_request_id_is_the_clients_if_it_is_sane(router: Router, worker: MockWorker) -> None:
+def test_the_request_id_is_the_clients_if_it_is_sane(router: Router, mock: MockWorker) -> None:
     reply = router.talk(post("/echo", b"a", "x-kvd-request-id: mine-1", "connection: close"))
     assert b"x-kvd-request-id: mine-1\r\n" in reply
     reply = router.talk(post("/echo", b"a", "x-kvd-request-id: <b>", "connection: close"))
     assert b"<b>" not in reply
-    given = [dict(seen["headers"])["x-kvd-request-id"] for seen in worker.requests]
+    given = [dict(seen["headers"])["x-kvd-request-id"] for seen in mock.requests]
     assert given[0] == "mine-1"
     assert f"x-kvd-request-id: {given[1]}\r\n".encode() in reply
 

@@ -24,27 +24,21 @@ def told() -> Iterator[ToldRouter]:
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[MockWorker]:
-    with MockWorker() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def router(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+def router(mock: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     """A plain one, by load."""
-    with Router(tmp_path_factory.mktemp("router"), worker.url) as running:
+    with Router(tmp_path_factory.mktemp("router"), mock.url) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def keyed(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+def keyed(mock: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     """One with a tenant, `alice`, and an administrator, `root`: their keys are their names."""
     folder = tmp_path_factory.mktemp("keyed")
     lines = []
     for name in ("alice", "root"):
         lines += [f"[{name}]", f'sha256 = ["{digest(name.encode()).hex()}"]', "shared = true"]
     (folder / "keys.toml").write_text("\n".join([*lines, "admin = true"]))
-    with Router(folder, worker.url, tenants__keys_file=folder / "keys.toml") as running:
+    with Router(folder, mock.url, tenants__keys_file=folder / "keys.toml") as running:
         yield running
 
 
@@ -60,7 +54,7 @@ def asked(at: Served, path: str, *headers: str, body: object = None, method: str
         return int(head_part.split()[1]), text.decode()
 
 
-def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker) -> None:
+def test_a_router_by_load_answers_every_page(router: Router, mock: MockWorker) -> None:
     assert asked(router, "/kvd/decisions")[0] == 200
     status, said = asked(router, "/kvd/decisions?request=x")
     assert (status, said["decisions"], said["total"]) == (200, [], 0)
@@ -68,7 +62,7 @@ def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker)
     assert (status, said["policy"], said["processes"], said["pid"]) == (200, "kvd", 1, router.process.pid)
     (only,) = said["workers"]
     assert (only["name"], only["state"], only["origin"], only["credit"]) == (
-        worker.url,
+        mock.url,
         "serving",
         "configured",
         False,
@@ -80,13 +74,13 @@ def test_a_router_by_load_answers_every_page(router: Router, worker: MockWorker)
     assert (status, said["error"]["hint"]) == (409, "for instance http://127.0.0.1:30000")
 
 
-def test_what_a_worker_has_of_ours_is_shown(router: Router, worker: MockWorker) -> None:
-    worker.set(hold=True)
+def test_what_a_worker_has_of_ours_is_shown(router: Router, mock: MockWorker) -> None:
+    mock.set(hold=True)
     with router.connect() as sock:
         sock.sendall(post("/generate", {"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 1}}))
         eventually(lambda: asked(router, "/kvd/workers")[1]["workers"][0]["queued"] == 1, 10, "it waits for its token")
-        worker.step()
-    worker.set(hold=False)
+        mock.step()
+    mock.set(hold=False)
 
 
 def test_a_decision_has_its_candidates_terms_and_outcome(told: ToldRouter) -> None:

@@ -113,6 +113,7 @@ def test_a_worker_with_another_template_differs_in_chats_alone(tokeniser: Tokeni
     [
         said("no list"), said([[1, 2]]), said([1], "500 Oops"), said([1], "404 Not Found"), b"nonsense\r\n\r\n", b"",
         b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b'HTTP/1.1 200 OK\r\n\r\n{"tokens": "\xff"}', b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 5000,
     ],
 )  # fmt: skip
 def test_an_answer_that_is_none_leaves_the_worker_unknown(tokeniser: Tokeniser, raw: bytes) -> None:

@@ -15,15 +15,9 @@ LIMIT_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[MockWorker]:
-    with MockWorker() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def router(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+def router(mock: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     limits = {f"limits__{name}_s": LIMIT_S for name in ("send", "head", "body", "idle")}
-    with Router(tmp_path_factory.mktemp("router"), worker.url, **limits) as running:
+    with Router(tmp_path_factory.mktemp("router"), mock.url, **limits) as running:
         yield running
 
 
@@ -77,8 +71,8 @@ def test_one_that_asks_for_nothing_more_and_reads_nothing_is_cut(router: Router)
             sock.close()
 
 
-def test_one_that_asked_far_ahead_and_left_is_noticed(router: Router, worker: MockWorker) -> None:
-    worker.set(silent=True)
+def test_one_that_asked_far_ahead_and_left_is_noticed(router: Router, mock: MockWorker) -> None:
+    mock.set(silent=True)
     try:
         with router.connect() as sock:
             sock.sendall(post("/generate", {"text": "a"}))
@@ -86,7 +80,7 @@ def test_one_that_asked_far_ahead_and_left_is_noticed(router: Router, worker: Mo
             sock.sendall(post("/echo", b"x" * 200_000))
         eventually(lambda: running(router) == 0 and not clients(router), 5)
     finally:
-        worker.set(silent=False)
+        mock.set(silent=False)
 
 
 def test_what_was_asked_ahead_is_answered_once_there_is_room(router: Router) -> None:

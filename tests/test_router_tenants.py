@@ -126,13 +126,7 @@ def test_what_cannot_be_salted_is_refused(tenants: Tenants, body: bytes) -> None
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[MockWorker]:
-    with MockWorker() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def router(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+def router(mock: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     folder = tmp_path_factory.mktemp("router")
     lines = []
     for name, section in sections().items():
@@ -141,7 +135,7 @@ def router(worker: MockWorker, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (folder / "keys.toml").write_text("\n".join(lines))
     (folder / "secret").write_bytes(SECRET)
     files = {"tenants__keys_file": folder / "keys.toml", "tenants__secret_file": folder / "secret"}
-    with Router(folder, worker.url, **files) as running:
+    with Router(folder, mock.url, **files) as running:
         yield running
 
 
@@ -151,52 +145,52 @@ def status(router: Router, path: str, key: str, body: object = None) -> int:
     return int(reply.split(b" ")[1])
 
 
-def test_a_stranger_is_told_so_and_no_worker(router: Router, worker: MockWorker) -> None:
-    worker.forget()
+def test_a_stranger_is_told_so_and_no_worker(router: Router, mock: MockWorker) -> None:
+    mock.forget()
     assert status(router, "/generate", "") == 401
     assert status(router, "/generate", "wrong") == 401
-    assert worker.requests == []
+    assert mock.requests == []
 
 
 @pytest.mark.parametrize(
     "path", ["/flush_cache", "/flush%5Fcache", "//flush_cache", "/generate/../flush_cache", "/new"]
 )
-def test_what_is_for_administrators_is_for_them_alone(router: Router, worker: MockWorker, path: str) -> None:
-    worker.forget()
+def test_what_is_for_administrators_is_for_them_alone(router: Router, mock: MockWorker, path: str) -> None:
+    mock.forget()
     assert status(router, path, KEYS["alice"]) == 403
-    assert worker.requests == []
+    assert mock.requests == []
     assert status(router, path, KEYS["root"]) == 200
 
 
-def test_each_tenants_requests_carry_its_salt_and_no_key(router: Router, worker: MockWorker) -> None:
-    worker.forget()
+def test_each_tenants_requests_carry_its_salt_and_no_key(router: Router, mock: MockWorker) -> None:
+    mock.forget()
     for name in ("alice", "bob", "root"):
         assert status(router, "/generate", KEYS[name]) == 200
-    alice, bob, root = worker.requests
+    alice, bob, root = mock.requests
     assert len({json.loads(seen["body"]).get("cache_salt") for seen in (alice, bob, root)}) == 3
     assert "cache_salt" not in json.loads(root["body"]), "shared"
     for seen in (alice, bob, root):
         assert not {"authorization", "x-api-key"} & dict(seen["headers"]).keys()
 
 
-def test_what_is_no_text_is_refused_and_the_router_lives(router: Router, worker: MockWorker) -> None:
-    worker.forget()
+def test_what_is_no_text_is_refused_and_the_router_lives(router: Router, mock: MockWorker) -> None:
+    mock.forget()
     bad = post("/generate", b'{"text": "caf\xe9"}', f"authorization: Bearer {KEYS['alice']}", "connection: close")
     assert router.talk(bad).startswith(b"HTTP/1.1 400 ")
-    assert worker.requests == []
+    assert mock.requests == []
     assert status(router, "/generate", KEYS["alice"], {"text": "a"}) == 200
 
 
-def test_each_request_on_a_connection_is_who_it_says(router: Router, worker: MockWorker) -> None:
+def test_each_request_on_a_connection_is_who_it_says(router: Router, mock: MockWorker) -> None:
     """Heads that are the same are from the same tenant; what is remembered of one is no other's."""
-    worker.forget()
+    mock.forget()
     with router.connect() as sock:
         for n, name in enumerate(("alice", "alice", "bob", "alice", "root")):
             sock.sendall(post("/generate", {"text": f"a{n}"}, f"authorization: Bearer {KEYS[name]}"))
             assert until(sock, b"}}").startswith(b"HTTP/1.1 200 ")
         sock.sendall(post("/generate", {"text": "b"}, "authorization: Bearer key-of-nobody"))
         assert until(sock, b"}}").startswith(b"HTTP/1.1 401 ")
-    salts = [json.loads(seen["body"]).get("cache_salt") for seen in worker.requests]
+    salts = [json.loads(seen["body"]).get("cache_salt") for seen in mock.requests]
     assert len(salts) == 5
     assert salts[0] == salts[1] == salts[3]
     assert len(set(salts)) == 3

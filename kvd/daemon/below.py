@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
+from kvd.errors import UNDECODABLE
 from kvd.storage import tierwire
 from kvd.storage.tier import Name, Page
 
@@ -173,7 +172,7 @@ class Below:
         while self._sock is not None and (body := tierwire.take_frame(self._inbox)) is not None:
             try:
                 message = tierwire.decode_from_tier(body)
-            except msgspec.DecodeError as error:
+            except UNDECODABLE as error:
                 self._hang_up(f"its process speaks nonsense: {error}")
                 return
             self._hear(message)

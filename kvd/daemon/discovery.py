@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvd import sglang_info
-from kvd.errors import PeerError, Unavailable
+from kvd.errors import UNDECODABLE, PeerError, Unavailable
 
 _MOST_BYTES = 4 << 20
 MOST_RANKS = 256
@@ -59,7 +59,7 @@ def identity(info: bytes) -> Identity:
     """Both "" where the answer is not understood."""
     try:
         told = msgspec.json.decode(info)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except UNDECODABLE:
         told = None
     return Identity(sglang_info.server(told), sglang_info.life(told))
 
@@ -68,7 +68,7 @@ def addresses(url: str, info: bytes) -> list[Address]:
     """The publishers of all its ranks. Raises PeerError where it has none, or says so in another way."""
     try:
         found = msgspec.json.decode(info, type=_ServerInfo).kv_events
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerError(f"{url}/server_info is not understood: {error}", "is this an SGLang worker?") from error
     if found is None:
         raise PeerError(f"{url} publishes no KV events that can be dialled", _HINT)

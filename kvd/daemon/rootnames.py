@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from kvd.errors import UNDECODABLE
 from kvd.pages import chain
 from kvd.sglang_events import AnyEvent, Stored
 
@@ -49,6 +50,6 @@ def _right(event: Stored) -> bool | None:
         return None
     try:
         keys = chain(_tokens(event.token_ids)[:size], size)
-    except (msgspec.DecodeError, OverflowError, ValueError, struct.error):
+    except (*UNDECODABLE, struct.error):
         return None
     return int.from_bytes(keys[0][:8], signed=True) == event.block_hashes[0] if keys else None

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from kvd.errors import PeerError
+from kvd.errors import UNDECODABLE, PeerError
 from kvd.wire.attach import *
 from kvd.wire.base import *
 from kvd.wire.data import *
@@ -49,8 +49,7 @@ def _decoder(union: Any) -> Callable[[bytes | bytearray | memoryview], Any]:
     def decode_or_blame(raw: bytes | bytearray | memoryview) -> Any:
         try:
             return decode(raw)
-        except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
-            # Not only DecodeError: msgspec 0.22 lets UnicodeDecodeError through for a bad string.
+        except UNDECODABLE as error:
             raise PeerError(f"malformed message: {error}") from error
 
     return decode_or_blame

@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from kvd.errors import PeerError
+from kvd.errors import UNDECODABLE, PeerError
 from kvd.router.load import Report
 
 PATH: Final = "/v1/loads?include=core"
@@ -54,7 +54,7 @@ def report(answer: bytes, now: float) -> Report:
     try:
         told = _decode(answer)
         asked = datetime.fromisoformat(told.timestamp).timestamp() if told.timestamp else 0.0
-    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerError(f"its /v1/loads is not understood: {error}") from error
     if not told.loads:
         raise PeerError("its /v1/loads names no rank")

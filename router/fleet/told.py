@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from kvd import sglang_info
-from kvd.errors import PeerError
+from kvd.errors import UNDECODABLE, PeerError
 from kvd.router.rates import CHUNK_TOKENS
 from kvd.router.tokens.blocks import Format, Scheme
 from kvd.router.tokens.serving import Serving
@@ -45,7 +45,7 @@ class Told:
             if not isinstance(info, dict) or not isinstance(info.get("model_path"), str):
                 raise TypeError("it names no model")
             return cls._of(info)
-        except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (*UNDECODABLE, TypeError, AttributeError, KeyError) as error:
             raise PeerError(f"its /server_info is not understood: {error}", _HINT) from error
 
     @classmethod

@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from kvd import __version__
-from kvd.errors import KvdError
+from kvd.errors import UNDECODABLE, KvdError
 from kvd.router.pages import access, metrics, replies, telling
 from kvd.router.pages.told import Told
 from kvd.router.proxy.strict import Head, Malformed
@@ -146,7 +146,7 @@ class Pages:
             return _failed(421, f"this is process {self._pid}", "ask again, on a new connection")
         try:
             worker = _decode_change(body).worker.rstrip("/")  # as a worker that is added is named
-        except (ValueError, RecursionError) as error:  # of bytes that are no text, too
+        except UNDECODABLE as error:
             raise Malformed(400, f'the body must be {{"worker": "http://HOST:PORT"}}: {error}') from error
         change(worker)
         log.info("%s: %s, as an operator asked", worker, done)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from kvd.errors import UNDECODABLE
 from kvd.router.asking import Collector
 from kvd.router.proxy.answers import JSON
 from kvd.router.proxy.headers import Fields, request_head
@@ -62,7 +63,7 @@ async def ask(house: "House", request: Incoming, tried: frozenset[str]) -> Any:
     except Lost:
         outcome = "no_answer"
         return None
-    except (ValueError, RecursionError):  # it is no JSON
+    except UNDECODABLE:
         return None
     finally:
         house.steering.finished(choice, outcome, house.loop.time())

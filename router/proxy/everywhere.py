@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvd.errors import UNDECODABLE
 from kvd.router.proxy.answers import JSON, Answer
 from kvd.router.proxy.asking import Reply, tell
 from kvd.router.proxy.headers import Fields
@@ -91,5 +92,5 @@ def _shown(body: bytes) -> Any:
     """JSON as it is, anything else as text."""
     try:
         return msgspec.Raw(body) if body and msgspec.json.decode(body) is not None else None
-    except (ValueError, RecursionError):
+    except UNDECODABLE:
         return body.decode(errors="replace")

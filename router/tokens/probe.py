@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvd.errors import Unavailable
+from kvd.errors import UNDECODABLE, Unavailable
 from kvd.router.asking import Asker
 from kvd.router.tokens.parity import PROBE_EVERY_S, Canary, Parity, Verdict, canaries
 from kvd.router.tokens.requests import CHAT, Tokeniser
@@ -62,7 +62,7 @@ async def tokenize(asker: Asker, body: Mapping[str, Any]) -> list[int]:
     answer = await asker.ask("POST", PATH, msgspec.json.encode(body), DEADLINE_S)
     try:
         return msgspec.json.decode(answer, type=_Answer).tokens
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise Unavailable(f"{asker.worker.name}{PATH} answers with no tokens: {error}") from error
 
 

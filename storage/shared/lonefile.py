@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from kvd.errors import KvdError
+from kvd.errors import UNDECODABLE, KvdError
 from kvd.pages import NAMESPACE_BYTES
 from kvd.storage.shared.depot import TEMPORARY, Entry
 from kvd.storage.shared.folder import Folder
@@ -161,7 +161,7 @@ def _specs_in(path: Path) -> dict[bytes, NamespaceSpec]:
             )
             for note in notes
         ]  # fmt: skip
-    except (pa.ArrowException, msgspec.DecodeError, ValueError) as error:
+    except (pa.ArrowException, *UNDECODABLE) as error:
         raise Unreadable("damaged") from error
     if any(len(spec.digest) != NAMESPACE_BYTES or spec.page_tokens <= 0 for spec in specs):
         raise Unreadable("damaged")

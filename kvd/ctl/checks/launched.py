@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import yaml
 
+from kvd.errors import UNDECODABLE
+
 MARK = "kvd.sidecar.hicache"
 _FLAG = "--hicache-storage-backend-extra-config"
 _MOST_BYTES = 64 << 10
@@ -76,7 +78,7 @@ def _parsed(kind: str, text: str) -> dict[str, Any]:
             given = yaml.safe_load(text)
         else:
             return {}
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (*UNDECODABLE, yaml.YAMLError):
         return {}
     return given if isinstance(given, dict) else {}
 

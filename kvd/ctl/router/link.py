@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import msgspec
 import typer
 
-from kvd.errors import KvdError, PeerError, Refused, Unavailable
+from kvd.errors import UNDECODABLE, KvdError, PeerError, Refused, Unavailable
 from kvd.router.pages import replies
 
 DEFAULT_URL: Final = "http://127.0.0.1:30080"
@@ -99,7 +99,7 @@ class RouterLink:
             return body
         try:
             problem = msgspec.json.decode(body, type=replies.Failed).error
-        except (ValueError, RecursionError):  # of bytes that are no text, too
+        except UNDECODABLE:
             problem = replies.Problem(f"HTTP {status}")
         if status == 401:
             hint = f"give an administrator's key: {KEY_VARIABLE}, or --key-file PATH"
@@ -145,6 +145,6 @@ def _check_text(given: str) -> None:
 def _decoded(kind: type[R], body: bytes) -> R:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (ValueError, RecursionError) as error:  # of bytes that are no text, too
+    except UNDECODABLE as error:
         hint = "install the same version of kvd on both sides"
         raise PeerError(f"the router's answer is not understood: {error}", hint) from error

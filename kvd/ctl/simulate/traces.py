@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from kvd.errors import KvdError
+from kvd.errors import UNDECODABLE, KvdError
 
 _BEYOND: Final = 1 << 63
 
@@ -112,7 +112,7 @@ def _lines(path: Path, kind: type[L], wrong: Callable[[L], str] = lambda _: "") 
                     if said := wrong(requests[-1]):
                         hint = "an id stands for a block and all before it: the same id, the same prompt up to there"
                         raise KvdError(f"{path}, line {number}: {said}", hint)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         fields = ", ".join(kind.__struct_fields__)
         raise KvdError(f"{path}, line {number}: {error}", f"a request is {{{fields}}}, one a line") from error
     except (OSError, EOFError, zlib.error) as error:
