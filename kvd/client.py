@@ -21,6 +21,7 @@ from kvd.errors import DeadlineMissed, PeerError, Refused, Unavailable
 from kvd.index import IndexReader
 
 R = TypeVar("R", bound=wire.Message)
+_ZMQ_DESCRIPTORS = 16  # more than a context and its first socket take
 
 
 class Link:
@@ -183,16 +184,11 @@ class Channels:
 
     @contextmanager
     def lend(self) -> Iterator[Channel]:
-        """Raises Unavailable after `close`."""
+        """Raises Unavailable after `close`, and when another channel cannot be made."""
         with self._lock:
             if self._closed:
                 raise Unavailable("detached from kvd")
-            if self._idle:
-                channel = self._idle.pop()
-            else:
-                self._made += 1
-                identity = self._welcome.ticket + self._made.to_bytes(4, "little")
-                channel = Channel(self._context, self._welcome.data_endpoint, identity, self._gone_fd)
+            channel = self._idle.pop() if self._idle else self._make()
             self._lent += 1
         sound = False
         try:
@@ -209,6 +205,21 @@ class Channels:
                 else:
                     channel.close()
                     self._finish()
+
+    def _make(self) -> Channel:
+        self._made += 1
+        identity = self._welcome.ticket + self._made.to_bytes(4, "little")
+        spare: list[int] = []
+        try:
+            # libzmq aborts the whole process where it gets no descriptor for a thread's mailbox.
+            while len(spare) < _ZMQ_DESCRIPTORS:
+                spare.append(os.dup(self._gone_fd))
+        except OSError as error:
+            raise Unavailable(f"no channel can be made: {error}", "raise the limit of open files") from error
+        finally:
+            for fd in spare:
+                os.close(fd)
+        return Channel(self._context, self._welcome.data_endpoint, identity, self._gone_fd)
 
     def close(self) -> None:
         """Idempotent; channels that are lent are closed when they come back, which is now."""

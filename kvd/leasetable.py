@@ -33,12 +33,13 @@ class LeaseTable:
         self._map = mmap.mmap(self.fd, TABLE_BYTES)
         self._places = memoryview(self._map).cast("Q")
         self._expires = memoryview(self._map).cast("d")
+        self._given = [0] * ROWS  # ROWS times how often each row was given out
         self._next = 0
         self._lock = threading.Lock()
 
     def hold(self, places: tuple[int, ...], now: float, ttl_s: float) -> tuple[int, ...] | None:
-        """Hold page groups for `ttl_s`; the rows used, or None when too many leases are live."""
-        rows: list[int] = []
+        """Hold page groups for `ttl_s`: what to `drop`, or None when too many leases are live."""
+        held: list[int] = []
         with self._lock:
             for place in places:
                 row = self._free_row(now)
@@ -46,10 +47,11 @@ class LeaseTable:
                     break
                 self._expires[2 * row + 1] = now + ttl_s
                 self._places[2 * row] = place
-                rows.append(row)
-        if len(rows) == len(places):
-            return tuple(rows)
-        self.drop(tuple(rows))
+                self._given[row] += ROWS
+                held.append(self._given[row] + row)
+        if len(held) == len(places):
+            return tuple(held)
+        self.drop(tuple(held))
         return None
 
     def _free_row(self, now: float) -> int | None:
@@ -60,10 +62,13 @@ class LeaseTable:
                 return row
         return None
 
-    def drop(self, rows: tuple[int, ...]) -> None:
-        """Let go of what `hold` returned."""
-        for row in rows:
-            self._places[2 * row] = 0
+    def drop(self, held: tuple[int, ...]) -> None:
+        """Let go of what `hold` returned; what ran out since, and was given to another, stays."""
+        with self._lock:
+            for one in held:
+                row = one % ROWS
+                if self._given[row] + row == one:
+                    self._places[2 * row] = 0
 
     def close(self) -> None:
         """Idempotent."""

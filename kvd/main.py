@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from kvd import __version__, systemd
+from kvd import __version__, descriptors, systemd
 from kvd.daemon.room import open_room
 from kvd.daemon.shell import Shell
 from kvd.errors import KvdError, SettingsError
@@ -72,6 +72,7 @@ def cli() -> None:
     if arguments.example_config:
         print(example(), end="")
         return
+    descriptors.raise_limit()
     try:
         inherited = systemd.listened_fds(os.environ, os.getpid())
         settings = load_daemon_settings(arguments.config, os.environ)

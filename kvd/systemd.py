@@ -17,15 +17,15 @@ def notify(state: str, fds: tuple[int, ...] = ()) -> bool:
     if not path:
         return False
     address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.connect(address)
             if fds:
                 socket.send_fds(sock, [state.encode()], list(fds))
             else:
                 sock.send(state.encode())
-        except OSError:
-            return False  # a service manager that went away must not take the cache with it
+    except OSError:
+        return False  # a service manager that went away, or want of descriptors, must not take the cache with it
     return True
 
 

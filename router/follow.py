@@ -59,7 +59,11 @@ class Follow:
 
     def _ask(self, wanted: Ask) -> None:
         self._end_answers()
-        socket = self._socket(zmq.DEALER)
+        try:
+            socket = self._socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # there is no descriptor to be had: the view asks again
+            log.warning("%s cannot be asked what is missing: %s", self._replay_endpoint, error)
+            return
         socket.connect(self._replay_endpoint)
         request = wire.encode(wire.GetSnapshot(wanted.request)) if wanted.start is None else seq_frame(wanted.start)
         socket.send_multipart((b"", request), zmq.NOBLOCK)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import uvloop
 
-from kvd import __version__, systemd
+from kvd import __version__, descriptors, systemd
 from kvd.errors import KvdError, SettingsError
 from kvd.router.fleet.fleet import Fleet
 from kvd.router.informed import Informed
@@ -216,6 +216,7 @@ def cli() -> None:
     given: dict[str, Any] = {"listen": listen} if listen else {}
     if arguments.worker:
         given["workers"] = arguments.worker
+    descriptors.raise_limit()
     try:
         settings = load_router_settings(arguments.config, os.environ, given)
         if arguments.print_config:

@@ -25,7 +25,7 @@ class PluginConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     socket: str = ""  # kvd.sock; empty: KVD_RUN_DIR, else the user's default folder
     model_path: str = ""  # folder or hub name of the weights; empty: as SGLang was told
-    weights_id: str = ""  # replaces the fingerprint of the weights; two workers with equal ids share pages
+    weights_id: str = ""  # replaces the fingerprint of the weights; workers with equal ids, launched alike, share
     tenant: Annotated[str, msgspec.Meta(max_length=256)] = ""  # workers of different tenants never share
     copy_threads: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2  # for batches of large pages; 1 on starved hosts
     get_timeout_s: Seconds = 2.0  # the longest a read or write of <= 128 pages may take, from a slow disk too

@@ -9,13 +9,12 @@ import inspect
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from kvd.errors import Unsupported
 from kvd.sglang_info import server_name
-from kvd.sidecar import weightwatch
-from kvd.sidecar.weights import fingerprint
+from kvd.sidecar import shaping, weightwatch
+from kvd.sidecar.weights import fingerprint, folder
 
 
 def probe(*places: str) -> Any:
@@ -117,32 +116,35 @@ def weights_change() -> bool:
     return weightwatch.running()
 
 
-def weights_identity(model_path: str) -> str:
-    """Names the weights, and what the launch arguments make of them. Raises Unsupported when that is not certain."""
+def weights_identity(model_path: str, weights_id: str) -> str:
+    """Names the weights, and what the launch settings make of them. Raises Unsupported when that is not certain.
+
+    `weights_id` is the operator's word for what is in the files, and for nothing else.
+    """
     arguments = server_args()
-    if getattr(arguments, "enable_lora", None) and not keys_name_adapters():
+    if (
+        getattr(arguments, "enable_lora", None) or getattr(arguments, "lora_paths", None)
+    ) and not keys_name_adapters():
         raise Unsupported(
             "LoRA is on, and this SGLang's page keys do not tell adapters apart",
             "upgrade SGLang, or serve without LoRA",
         )
+    weights = weights_id or _loaded(arguments, model_path)
+    return weights + shaping.everywhere(arguments, os.environ, by_path=bool(weights_id))
+
+
+def pool_shaping(name: str, pool: Any, weights_id: str) -> str:
+    """What launch settings make of one pool's pages besides. Raises Unsupported as `weights_identity` does."""
+    return shaping.of_pool(name, pool, server_args(), by_path=bool(weights_id))
+
+
+def _loaded(arguments: Any, model_path: str) -> str:
     path = model_path or str(getattr(arguments, "model_path", "") or "")
     if not path:
         raise Unsupported("cannot tell which weights this worker runs", 'set "model_path" or "weights_id" under "kvd"')
-    digest = hashlib.sha256(fingerprint(_folder(path, getattr(arguments, "revision", None))).encode())
-    shaping = ("quantization", "json_model_override_args", "load_format", "model_loader_extra_config", "model_impl")
-    digest.update(json.dumps([str(getattr(arguments, name, None)) for name in shaping]).encode())
+    digest = hashlib.sha256(fingerprint(folder(path, getattr(arguments, "revision", None))).encode())
+    names = ("quantization", "json_model_override_args", "load_format", "model_loader_extra_config", "model_impl")
+    digest.update(json.dumps([str(getattr(arguments, name, None)) for name in names]).encode())
     if str(getattr(arguments, "load_format", "")) == "dummy":
         digest.update(os.urandom(16))  # weights made up at start: never the same as anybody's
     return digest.hexdigest()
-
-
-def _folder(path: str, revision: str | None) -> Path:
-    if Path(path).exists():
-        return Path(path)
-    try:
-        hub = importlib.import_module("huggingface_hub")
-        return Path(hub.snapshot_download(path, revision=revision, local_files_only=True))
-    except Exception as error:
-        raise Unsupported(
-            f"cannot find the weights of {path!r} on this machine", 'set "model_path" or "weights_id" under "kvd"'
-        ) from error

@@ -60,18 +60,22 @@ class Rank:
 
 
 def namespace_spec(
-    pool_name: str, pool: Any, page_bytes: int, access: str, rank: Rank, weights: str, tenant: str, label: str
-) -> wire.NamespaceSpec:
-    """What kvd is told about one pool. `access` names the order of a page's bytes: "pieces" or "flat"."""
+    pool_name: str, pool: Any, page_bytes: int, access: str, rank: Rank, weights: str, tenant: str, label: str,
+    shaping: str = "",
+) -> wire.NamespaceSpec:  # fmt: skip
+    """What kvd is told about one pool. `access` names the order of a page's bytes: "pieces" or "flat".
+
+    `shaping` tells this pool's pages apart, and leaves the family of pools that they belong to as it is.
+    """
     shard, shards = rank.shard(pool_name)
     buffer = getattr(pool, "kv_buffer", None)
     if isinstance(buffer, list | tuple):
         buffer = buffer[0] if buffer else None
     identity = Identity(
-        weights=weights,
+        weights=weights + shaping,
         pool=pool_name,
         pool_class=type(pool).__name__,
-        layout=f"{getattr(pool, 'layout', '')}/{access}",
+        layout=_layout(pool, access),
         dtype=str(getattr(pool, "dtype", "")),
         store_dtype=str(getattr(buffer, "dtype", "")),
         page_tokens=int(pool.page_size),
@@ -92,6 +96,13 @@ def namespace_spec(
         identity.namespace(), page_bytes, max(1, int(pool.page_size)), shard, shards, pool_name, label,
         family.namespace(), tenant=tenant,
     )  # fmt: skip
+
+
+def _layout(pool: Any, access: str) -> str:
+    """The order of a page's bytes: SGLang's name of it, and what it adds to that for some."""
+    tag, groups = getattr(pool, "storage_format_tag", None), _int(pool, "head_group_num")
+    own = f"/{tag}" if tag else ""
+    return f"{getattr(pool, 'layout', '')}/{access}{own}" + (f"/{groups} groups" if groups > 1 else "")
 
 
 def _int(pool: Any, name: str) -> int:

@@ -38,17 +38,21 @@ _MAP_STEP, _MAP_EVERY_MS = 16 << 20, 10
 
 @dataclass(slots=True)
 class Attachment:
-    """One life of the daemon, as seen from here. `joined` namespaces may be used."""
+    """One registered connection. The first `joined` namespaces of `roster` may be used, by their places in it."""
 
     link: Link
     channels: Channels
     arena: Bytes
     index: IndexReader
+    roster: list[wire.NamespaceSpec] | None = None
     joined: int = 0
 
 
 class Session:
-    """Starts its thread with `start`; `close` may be called twice and takes well under a second."""
+    """Starts its thread with `start`; `close` may be called twice and takes well under a second.
+
+    `specs` answers with one list that only grows, or with another list: then a new connection is made for that.
+    """
 
     def __init__(
         self, socket: Path, label: str, specs: Callable[[], list[wire.NamespaceSpec]], counters: Counter[str]
@@ -190,6 +194,10 @@ class Session:
 
     def _join(self, attachment: Attachment) -> None:
         specs = self._specs()
+        if attachment.roster is None:
+            attachment.roster = specs
+        if attachment.roster is not specs:  # a session's namespaces only grow: others need another session
+            raise Unavailable("the namespaces of weights that are gone are forgotten")
         if len(specs) <= attachment.joined:
             return
         try:

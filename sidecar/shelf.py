@@ -27,27 +27,29 @@ _COMMIT_PAGES = 32  # a quarter of SGLang's batch: the last step is all that a w
 
 
 class Shelf:
-    """Thread-safe. `ns` is the namespace's number in the session."""
+    """Thread-safe. `ns` is the namespace's number in sessions that joined `roster`, and means nothing in others."""
 
     def __init__(
-        self, session: Session, ns: int, spec: wire.NamespaceSpec, copier: Copier, config: PluginConfig,
+        self, session: Session, roster: list[wire.NamespaceSpec], ns: int, copier: Copier, config: PluginConfig,
         counters: Counter[str],
     ) -> None:  # fmt: skip
-        self.spec = spec
+        self.spec = spec = roster[ns]
         self._session = session
+        self._roster = roster
         self._ns = ns
         self._name = Name.of(spec.digest)
         self._copier = copier
         self._config = config
         self._counters = counters
         self._prefill = PrefillCosts(spec.page_tokens)
-        self._promises: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # deepest key -> lease table rows
+        self._promises: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # deepest key -> what the table holds
 
     def _attached(self) -> Attachment | None:
         """The daemon, when it can be used for this shelf now."""
         session = self._session
         attachment = session.attachment
-        if attachment is None or not session.circuit.closed or attachment.joined <= self._ns:
+        usable = attachment is not None and attachment.roster is self._roster and attachment.joined > self._ns
+        if not usable or not session.circuit.closed:
             self._counters["miss_detached"] += 1
             return None
         return attachment

@@ -2,7 +2,8 @@
 
 Registering returns at once; the session's thread, which may take its time, reads the weights and names each pool
 (`prepare`). Until a pool is named, and for good when it cannot be named safely, it has no shelf: every call is a miss.
-A change of the weights in memory takes all shelves away and names the pools anew.
+A change of the weights in memory takes all shelves away and names the pools anew; what has been named so far is
+forgotten from time to time, with the session that knows it.
 """
 
 import logging
@@ -21,6 +22,7 @@ from kvd.sidecar.shelf import Shelf
 
 log = logging.getLogger("kvd.plugin")
 
+_MOST_SPECS = 128  # half of what kvd lets a session join
 PIECES, FLAT = "pieces", "flat"  # a page in place, or as one tensor: the same bytes, maybe in another order
 
 
@@ -67,15 +69,20 @@ class Shelves:
     def ready(self) -> bool:
         """Attached, every pool named, circuit closed: from here on pages come and go."""
         attachment = self.session.attachment
-        if attachment is None or not self.session.circuit.closed or not self._pools:
+        if attachment is None or not self.session.circuit.closed or not self._pools or self._outdated:
             return False
         named = {name for name, _ in self._shelves}
         real = {name for name, pool in self._pools.items() if _has_memory(pool)}
-        return real <= named and attachment.joined >= len(self._specs)
+        return real <= named and attachment.roster is self._specs and attachment.joined >= len(self._specs)
+
+    @property
+    def _outdated(self) -> bool:
+        """The weights have just changed, or do so."""
+        return engine.weights_change() or engine.weight_version() != self._weight_version
 
     def find(self, name: str, access: str = PIECES) -> Shelf | None:
-        """The shelf of a pool, or None: not named yet, or its weights have just changed, or do so."""
-        if engine.weights_change() or engine.weight_version() != self._weight_version:
+        """The shelf of a pool, or None: not named yet, or outdated."""
+        if self._outdated:
             self._counters["miss_weights_changed"] += 1
             self.session.wake()
             return None
@@ -95,10 +102,12 @@ class Shelves:
             version = engine.weight_version()
             if version != self._weight_version:
                 self._shelves, self._weight_version = {}, version
+            if len(self._specs) >= _MOST_SPECS > len(self._shelves):
+                self._shelves, self._specs = {}, []  # never changed but grown: shelves know their number in it
             if engine.weights_change():
                 return self._specs
             if self._pools and not self._weights:
-                self._weights = self.config.weights_id or engine.weights_identity(self.config.model_path)
+                self._weights = engine.weights_identity(self.config.model_path, self.config.weights_id)
             for name, pool in list(self._pools.items()):
                 if _has_memory(pool):
                     self._name(name, pool)
@@ -124,11 +133,16 @@ class Shelves:
 
     def _add(self, name: str, pool: Any, page_bytes: int, access: str) -> None:
         weights = f"{self._weights}:{self._weight_version}"
-        spec = namespace_spec(name, pool, page_bytes, access, self._rank, weights, self.config.tenant, self._label)
+        shaping = engine.pool_shaping(name, pool, self.config.weights_id)
+        spec = namespace_spec(
+            name, pool, page_bytes, access, self._rank, weights, self.config.tenant, self._label, shaping
+        )
         if spec not in self._specs:
             self._specs.append(spec)
         number = self._specs.index(spec)
-        self._shelves[name, access] = Shelf(self.session, number, spec, self.copier, self.config, self._counters)
+        self._shelves[name, access] = Shelf(
+            self.session, self._specs, number, self.copier, self.config, self._counters
+        )
 
     def close(self) -> None:
         self.session.close()

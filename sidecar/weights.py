@@ -7,6 +7,7 @@ of the model do not: the same weights under another name are the same weights.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import struct
@@ -16,7 +17,9 @@ from typing import Final
 from kvd.errors import Unsupported
 
 _SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_CONFIGS: Final = ("config.json", "quantize_config.json", "hf_quant_config.json", "params.json")
+_CONFIGS: Final = (
+    "config.json", "quantize_config.json", "hf_quant_config.json", "params.json", "adapter_config.json",
+)  # fmt: skip
 _PER_TENSOR: Final = 256
 _SAMPLES, _SAMPLE_BYTES = 256, 1024
 _MAX_HEADER: Final = 256 << 20
@@ -41,6 +44,19 @@ def fingerprint(model: Path) -> str:
         except (OSError, ValueError) as error:
             raise Unsupported(f"cannot read the weights in {file}: {error}", _HINT) from error
     return digest.hexdigest()
+
+
+def folder(path: str, revision: str | None) -> Path:
+    """Where on this machine the weights are that SGLang was told to load. Raises Unsupported."""
+    if Path(path).exists():
+        return Path(path)
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        return Path(hub.snapshot_download(path, revision=revision, local_files_only=True))
+    except Exception as error:
+        raise Unsupported(
+            f"cannot find the weights of {path!r} on this machine", 'set "model_path" or "weights_id" under "kvd"'
+        ) from error
 
 
 def _add_file(digest: "hashlib._Hash", file: Path) -> None:

@@ -2,6 +2,8 @@
 
 Both outlive kill -9 of the daemon. The memfd is sealed, so no peer that holds its descriptor can shrink it and
 kill the daemon with SIGBUS; a tmpfs file cannot be sealed and is therefore readable by its owner only (0600).
+
+Always true: a file is never resized, for who has it mapped would die of that; and one daemon at a time has it.
 """
 
 import ctypes
@@ -9,11 +11,12 @@ import fcntl
 import mmap
 import os
 import resource
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvd.errors import SettingsError
+from kvd.errors import AlreadyRunning, SettingsError
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 MADV_DONTDUMP = 16
@@ -23,12 +26,13 @@ _libc = ctypes.CDLL(None, use_errno=True)  # a CDLL call releases the GIL, mmap.
 
 @dataclass(slots=True)
 class ArenaMemory:
-    """`path` is None for a memfd. `view` covers the whole file."""
+    """`path` is None for a memfd. `view` covers the whole file. A named file is ours as long as `lock_fd` is open."""
 
     fd: int
     map: mmap.mmap
     view: memoryview
     path: Path | None
+    lock_fd: int = -1
 
     @property
     def name(self) -> str:
@@ -42,6 +46,8 @@ class ArenaMemory:
             self.path.unlink(missing_ok=True)
         os.close(self.fd)
         self.fd = -1
+        if self.lock_fd >= 0:  # last: until then nobody else looks at the file
+            os.close(self.lock_fd)
 
 
 def create_memfd(size: int) -> ArenaMemory:
@@ -60,19 +66,16 @@ def adopt(fd: int, size: int) -> ArenaMemory | None:
 
 
 def open_file(path: Path, size: int) -> ArenaMemory:
-    """The named file, made or resized where needed. Raises SettingsError when the file system is too small."""
+    """The named file, made anew unless there is one of this size.
+
+    Raises AlreadyRunning when another daemon has it, SettingsError when the file system is too small.
+    """
+    lock_fd = _own(path, size)
+    # The lock is on a descriptor that nobody else gets. It belongs to what `open` returned: workers and tiers are
+    # handed `fd`, and would keep a lock on that one when we are dead.
+    fd = os.open(f"/proc/self/fd/{lock_fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise SettingsError(f"cannot open {path}: {error.strerror}", "set arena.path to a tmpfs you own") from error
-    stat = os.fstat(fd)
-    if stat.st_uid != os.getuid():
-        os.close(fd)
-        raise SettingsError(f"{path} belongs to uid {stat.st_uid}", "remove it or set arena.path")
-    try:
-        if stat.st_size != size:
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, size)
+        os.ftruncate(fd, size)  # it has this size, or none
         room = os.fstatvfs(fd)
         missing = size - os.fstat(fd).st_blocks * 512
         if missing > room.f_bavail * room.f_frsize:
@@ -82,10 +85,53 @@ def open_file(path: Path, size: int) -> ArenaMemory:
                 "lower arena.size_bytes, or enlarge that tmpfs",
             )
     except BaseException:
-        os.close(fd)
         path.unlink(missing_ok=True)
+        os.close(fd)
+        os.close(lock_fd)
         raise
-    return _mapped(fd, size, path)
+    memory = _mapped(fd, size, path)
+    memory.lock_fd = lock_fd
+    return memory
+
+
+def _own(path: Path, size: int) -> int:
+    """A descriptor that keeps other daemons away from the file, which is empty or of this size, until it is closed."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot open {path}: {error.strerror}", "set arena.path to a tmpfs you own"
+            ) from error
+        try:
+            _lock(fd, path)
+            if _is_named(fd, path):  # else its owner has just removed it
+                if os.fstat(fd).st_size in (0, size):
+                    return fd
+                path.unlink()  # who has it mapped keeps it
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise SettingsError(f"{path} is no file", "set arena.path to one on a tmpfs")
+    if found.st_uid != os.getuid():
+        raise SettingsError(f"{path} belongs to uid {found.st_uid}", "remove it or set arena.path")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise AlreadyRunning(f"another kvd uses {path}", "stop it, or choose another arena.path") from error
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _mapped(fd: int, size: int, path: Path | None) -> ArenaMemory:

@@ -1,10 +1,11 @@
-"""`kvdctl doctor` about the arena's memory: its limit, its room, its damage."""
+"""`kvdctl doctor` about the arena's memory, and tiers below it: their limits, their room, their damage."""
 
 from pathlib import Path
 
 import msgspec
+import pytest
 
-from kvd.ctl.checks import memory
+from kvd.ctl.checks import lower, memory
 from tests.harness import Daemon
 from tests.kvdctl import RawWorker, a_status, doctor, flip, of, on, only
 
@@ -53,3 +54,18 @@ def test_damage_that_was_found_stays_yellow(daemon: Daemon) -> None:
 
 def test_other_warnings_of_the_daemon_are_passed_on() -> None:
     assert only(memory.warnings(a_status(warnings=["w", "memlock x"]))).message == "w"
+
+
+def test_the_remedy_for_too_few_descriptors_is_in_the_unit() -> None:
+    warned = only(memory.warnings(a_status(warnings=["7 of 8 descriptors are in use: raise LimitNOFILE"])))
+    assert ("unit" in warned.remedy, "kvd.toml" in warned.remedy) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"), [("no_permission", "may not write"), ("read_only", "read-only"), ("disk_full", "no room")]
+)
+def test_a_tier_that_only_reads_is_yellow_and_says_why(reason: str, said: str) -> None:
+    ram = a_status().tiers[0]
+    reads = msgspec.structs.replace(ram, name="shared", counters={reason: 1})
+    found = only(lower.tiers(a_status(tiers=[ram, reads])))
+    assert (found.level, said in found.message) == ("yellow", True)

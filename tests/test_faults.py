@@ -14,9 +14,10 @@ import pytest
 
 from kvd import wire
 from kvd.client import Link
+from kvd.daemon.requests import MAX_NAMESPACES
 from kvd.errors import PeerError, Unavailable
-from kvd.leasetable import LeaseTable
-from kvd.sidecar import weightwatch
+from kvd.leasetable import LeaseTable, LeaseTableReader
+from kvd.sidecar import shelves, weightwatch
 from tests.harness import Daemon, PluginProcess, eventually, reattached, span
 from tests.plugin_process import Worker
 
@@ -289,6 +290,22 @@ def test_a_lease_table_that_is_full_falls_back_to_asking(daemon: Daemon) -> None
     table.close()
 
 
+def test_what_ran_out_is_let_go_without_letting_go_of_its_successor() -> None:
+    """A row whose promise ran out is given out again; who had it before may still drop it."""
+    table = LeaseTable()
+    reader = LeaseTableReader(os.dup(table.fd))
+    old = table.hold(tuple(range(1, 1025)), 0.0, 10.0)
+    new = table.hold((5000, 5001), 11.0, 10.0)
+    assert old is not None
+    assert new is not None
+    table.drop(old)
+    assert reader.live(12.0) == {5000, 5001}
+    table.drop(new)
+    assert reader.live(12.0) == set()
+    reader.close()
+    table.close()
+
+
 # -- nothing is left ---------------------------------------------------------------------------------------------
 
 
@@ -301,6 +318,19 @@ def test_a_worker_without_descriptors_attaches_once_it_has_some(daemon: Daemon, 
     resource.prlimit(pid, resource.RLIMIT_NOFILE, had)
     reattached(worker)
     keys = span(4)
+    assert worker.do("put", keys=keys) == [True] * 4
+    assert worker.do("take", keys=keys) == ["right"] * 4
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3, 5])
+def test_a_worker_that_runs_out_of_descriptors_misses_and_lives(worker: PluginProcess, spare: int) -> None:
+    """The first message needs a socket of ZeroMQ's, which ends the process where it gets no descriptors for it."""
+    pid, keys = worker.process.pid, span(4)
+    most = max(int(fd) for fd in os.listdir(f"/proc/{pid}/fd")) + 1 + spare
+    had = resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    assert worker.do("put", keys=keys) == [False] * 4
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, had)
+    reattached(worker)
     assert worker.do("put", keys=keys) == [True] * 4
     assert worker.do("take", keys=keys) == ["right"] * 4
 
@@ -326,6 +356,54 @@ def test_pages_of_weights_that_are_being_replaced_are_nobodys(daemon: Daemon, mo
         assert worker.plugin.batch_exists(keys) == 0
         eventually(lambda: worker.plugin.ready, 10)
         assert worker.plugin.batch_exists(keys) == 0
+        assert worker.put(keys) == [True] * 4
+        assert worker.take(keys) == ["right"] * 4
+    finally:
+        worker.plugin.close()
+
+
+def test_weights_may_change_more_often_than_a_session_takes_namespaces(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightwatch, "_updates", 0)
+    worker, keys = Worker(str(daemon.socket)), span(4)
+    try:
+        for _ in range(MAX_NAMESPACES // 2 + 2):  # pieces and flat pages have a namespace each
+            eventually(lambda: worker.plugin.ready, 10)
+            weightwatch.update(lambda: None)
+            assert worker.plugin.batch_exists(keys) == 0
+        eventually(lambda: worker.plugin.ready, 10)
+        assert worker.put(keys) == [True] * 4
+        assert worker.take(keys) == ["right"] * 4
+        assert worker.plugin.stats()["attached"] > 1
+    finally:
+        worker.plugin.close()
+
+
+def test_a_shelf_that_is_still_in_use_never_takes_its_successors_number(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that began before the session started over holds the old shelf; its number is another namespace's now."""
+    monkeypatch.setattr(weightwatch, "_updates", 0)
+    monkeypatch.setattr(shelves, "_MOST_SPECS", 2)
+    worker, keys = Worker(str(daemon.socket)), span(4)
+    try:
+        assert worker.wait()
+        assert worker.put(keys) == [True] * 4
+        old = worker.plugin._shelf("kv")
+        assert old is not None
+        assert old.has(keys) == 4
+        weightwatch.update(lambda: None)
+        eventually(lambda: worker.plugin.ready, 10)
+        new = worker.plugin._shelf("kv")
+        assert new is not None
+        assert new._ns == old._ns
+        view = worker.plugin._view("kv")
+        assert view is not None
+        assert old.has(keys) == 0
+        assert old.take(keys, view, range(4)) == [False] * 4
+        assert not old.put(span(4, conversation=1), view, range(4))
+        assert new.has(span(4, conversation=1)) == 0
         assert worker.put(keys) == [True] * 4
         assert worker.take(keys) == ["right"] * 4
     finally:

@@ -207,6 +207,32 @@ def test_other_sizes_under_a_held_name_replace_it(tmp_path: Path) -> None:
         assert tier.news() == ([], [])
 
 
+def test_a_replaced_page_whose_old_slot_went_for_its_own_room_is_held_once(tmp_path: Path) -> None:
+    """Room for the new sizes takes the old page's slot, or its whole segment, before the new one is committed."""
+    for count, lengths in ((1, (LENGTH, 2 * LENGTH)), (16, (LENGTH, 2 * LENGTH)), (16, (2 * LENGTH, LENGTH))):
+        with reopened(tmp_path / f"{count}-{lengths[0]}", SEGMENT) as tier:
+            assert any(put(tier, *[sample(n, lengths[0]) for n in range(count)]))
+            what = [sample(n, lengths[1]) for n in range(count)]
+            stored = [page for page, ok in zip(what, put(tier, *what), strict=True) if ok]
+            assert stored
+            assert not tier.faults()
+            others = [sample(n, lengths[1]) for n in range(100, 104)]
+            put(tier, *others)
+            left = set(tier.news().left)
+            assert get(tier, *stored) == [None if page.page.name in left else page for page in stored]
+            assert tier.counters["damaged"] == 0
+
+
+def test_a_page_that_left_for_others_of_its_own_put_is_not_said_to_be_held(tmp_path: Path) -> None:
+    with reopened(tmp_path, SEGMENT) as tier:
+        known = [sample(n, LENGTH) for n in range(16)]
+        assert all(put(tier, *known))
+        batch = [*known, *[sample(n, LENGTH) for n in range(100, 116)]]
+        answers = put(tier, *batch)
+        assert [page is not None for page in tier.find([what.page.name for what in batch])] == answers
+        assert absent_or_right(tier, batch) == answers
+
+
 def test_what_was_read_lately_stays_longer(tmp_path: Path) -> None:
     with reopened(tmp_path, 2 * MIB) as tier:
         loved = [sample(n, LENGTH) for n in range(8)]

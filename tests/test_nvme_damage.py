@@ -1,10 +1,11 @@
 """What disks do to the NVMe tier's files, and what they refuse: pages are lost, alone, and none is ever wrong."""
 
+import errno
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from kvd.storage import failpoints
 from kvd.storage.nvme import NvmeTier
 from kvd.storage.nvme.catalog import HEAD_BYTES, Catalog, Record
 from kvd.storage.nvme.health import STRIKES
-from kvd.storage.tier import Page, TierError
+from kvd.storage.nvme.segments import Segments
+from kvd.storage.tier import Buffers, Page, TierError
 from tests.failpoint_names import failpoint_names
 from tests.nvme_folder import (
     LENGTH,
@@ -211,25 +213,62 @@ def test_a_barrier_that_fails_acknowledges_nothing(tmp_path: Path) -> None:
         assert not any(absent_or_right(tier, samples))
 
 
-def test_a_read_that_fails_is_a_miss_and_not_the_end_of_the_page(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_read_is_a_miss_from_then_on(tmp_path: Path) -> None:
     samples = fill(tmp_path, 6)
     with reopened(tmp_path) as tier:
         failpoints.arm("segments.read:2:eio")
-        assert get(tier, *samples).count(None) == 1
+        found = get(tier, *samples)
+        assert found.count(None) == 1
         assert (tier.counters["read_error"], tier.counters["damaged"]) == (1, 0)
+        assert tier.news().left == [what.page.name for what, got in zip(samples, found, strict=True) if got is None]
+        assert get(tier, *samples) == found
+        assert put(tier, *samples) == [True] * 6
         assert get(tier, *samples) == samples
+
+
+def test_one_bad_sector_under_a_page_that_all_want_does_not_take_the_tier_down(tmp_path: Path) -> None:
+    samples = fill(tmp_path, 6)
+    with reopened(tmp_path) as tier:
+        bad = next(record for record in tier._ledger.records([samples[3].page.name]) if record).slot
+        with a_bad_sector(bad):
+            for _ in range(2 * STRIKES):
+                assert get(tier, samples[3]) == [None]
+            assert get(tier, *samples) == [*samples[:3], None, *samples[4:]]
+
+
+def test_calls_in_which_some_of_it_worked_do_not_take_the_tier_down(tmp_path: Path) -> None:
+    with reopened(tmp_path) as tier:
+        for n in range(STRIKES + 1):
+            failpoints.arm("segments.write:1:eio")
+            what = sample(n, LENGTH), sample(100 + n, 2 * LENGTH)  # each in a segment of its own
+            assert sorted(put(tier, *what)) == [False, True]
+
+
+@contextmanager
+def a_bad_sector(slot: int) -> Iterator[None]:
+    """That slot cannot be read."""
+    read = Segments.read
+
+    def refused(self: Segments, at: int, buffers: Buffers) -> bool:
+        if at == slot:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, at, buffers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segments, "read", refused)
+        yield
 
 
 def test_a_disk_that_keeps_failing_takes_the_tier_down_until_it_works(tmp_path: Path) -> None:
-    samples = fill(tmp_path, 6)
+    samples = fill(tmp_path, STRIKES + 1)
     with reopened(tmp_path) as tier:
         failpoints.arm("segments.read:1+:eio")
-        for _ in range(STRIKES - 1):
-            assert get(tier, samples[0]) == [None]
+        for what in samples[: STRIKES - 1]:
+            assert get(tier, what) == [None]
         with pytest.raises(TierError, match="failed in 5 calls"):
-            get(tier, samples[0])
+            get(tier, samples[STRIKES - 1])
         failpoints.arm("")
-        assert get(tier, *samples) == samples
+        assert get(tier, samples[STRIKES]) == [samples[STRIKES]]
         assert not tier._health.strikes
 
 

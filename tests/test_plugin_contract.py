@@ -39,8 +39,11 @@ def attach(daemon: Daemon) -> Iterator[Attach]:
     backends: list[Any] = []
     contexts: list[Any] = []
 
-    def start(version: str, pool: Any = None, ready: bool = True, extra: Any = None, **config: Any) -> Controller:
-        context = fake_sglang.fake_sglang(RELEASES[version], fake_sglang.server_args(model_path=""))
+    def start(
+        version: str, pool: Any = None, ready: bool = True, extra: Any = None, launched: Any = None, **config: Any
+    ) -> Controller:
+        launched = {"model_path": ""} | (launched or {})
+        context = fake_sglang.fake_sglang(RELEASES[version], fake_sglang.server_args(**launched))
         context.__enter__()
         contexts.append(context)
         backend = fake_sglang.load_backend_class("kvd.sidecar.hicache", "KvdStorage", forget=("kvd.sidecar",))
@@ -187,6 +190,34 @@ def test_what_differs_in_anything_never_shares(
     pool = pools.MHATokenToKVPoolHost(**geometry)
     second = attach("0.5.23", pool, extra=options(daemon, **kvd))
     assert second.prefetch(span(3), pools.page_slots(pool, [0, 1, 2])) == 0, what
+
+
+@pytest.mark.parametrize(
+    ("mine", "others"),
+    [
+        ({"kv_cache_dtype": "fp8_e5m2"}, {"kv_cache_dtype": "fp8_e4m3"}),  # the host pool says uint8 of both
+        ({}, {"quantization_param_path": "scales.json"}),
+        ({"lora_paths": ["a=/x"]}, {"lora_paths": ["a=/y"]}),
+    ],
+)
+def test_workers_that_were_launched_otherwise_never_share(
+    attach: Attach, mine: dict[str, Any], others: dict[str, Any]
+) -> None:
+    import torch
+
+    one, two, three = (pools.MHATokenToKVPoolHost(dtype=torch.uint8) for _ in range(3))
+    first = attach("0.5.23", one, launched=mine)
+    written = pools.fill_pages(one, [0, 1, 2])
+    first.backup(span(3), pools.page_slots(one, [0, 1, 2]))
+    assert attach("0.5.23", two, launched=others).prefetch(span(3), pools.page_slots(two, [0, 1, 2])) == 0
+    assert attach("0.5.23", three, launched=mine).prefetch(span(3), pools.page_slots(three, [0, 1, 2])) == 3
+    assert pools.same_pages(three, [0, 1, 2], written)
+
+
+def test_adapters_need_keys_that_tell_them_apart_whatever_the_weights_are_called(attach: Attach) -> None:
+    controller = attach("0.5.10", ready=False, launched={"enable_lora": True})
+    eventually(lambda: controller.backend.circuit.startswith("off"), 5)
+    assert "LoRA" in controller.backend.circuit
 
 
 def test_flat_pages_and_pieces_never_share(attach: Attach, daemon: Daemon) -> None:

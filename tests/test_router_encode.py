@@ -12,8 +12,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvd.router.tokens import cuts as cuts_module
 from kvd.router.tokens import tokenizer as backends
-from kvd.router.tokens.blocks import Naming, hashes
+from kvd.router.tokens.blocks import Chain, Naming, hashes
 from kvd.router.tokens.cuts import cut_tokens, cuts
 from kvd.router.tokens.encode import AT_ONCE_BYTES, Encoder
 from kvd.router.tokens.folder import ModelFolder
@@ -106,6 +107,17 @@ def test_a_token_that_another_could_swallow_is_no_cut() -> None:
     made = router_models.byte_level()
     made.add_special_tokens(OVERLAPPING)
     assert cut_tokens(made.to_str()) == [b"<a>b", b"x<c", b"<ok>"], "<a>, <c> and zz may be part of something else"
+
+
+def test_of_thousands_of_added_tokens_a_few_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    alone = cuts_module._alone
+    monkeypatch.setattr(cuts_module, "_alone", lambda *given: asked.append(given[0]) or alone(*given))
+    made = router_models.byte_level()
+    made.add_special_tokens([f"<unused{n}>" for n in range(6000)] + ["<end>"])
+    assert cut_tokens(made.to_str(), "{{ '<unused7>' }}") == [b"<unused7>"]
+    assert cut_tokens(made.to_str())[0] == b"<end>"
+    assert len(asked) < 20, "each is compared with all others"
 
 
 @given(TEXTS, TEXTS, st.integers(1, 40))
@@ -268,3 +280,36 @@ def test_a_fast_backend_with_other_ids_is_not_used_and_it_is_said_why(monkeypatc
     backend, note = fastest(reference)
     assert backend is reference
     assert "other ids" in note
+
+
+def test_nobody_waits_for_the_memo_while_a_text_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memo, text, ids = Memo(1 << 20), b"a" * 300, array("I", range(80))
+    waited: list[bool] = []
+    extend = Chain.extend
+
+    def extend_and_look(chain: Chain, given: Sequence[int]) -> None:
+        other = threading.Thread(target=memo.find, args=(text, marks(text)))  # the event loop, in life
+        other.start()
+        other.join(1.0)
+        waited.append(other.is_alive())
+        extend(chain, given)
+
+    monkeypatch.setattr(Chain, "extend", extend_and_look)
+    found = memo.grow(None, text, marks(text), [300], [ids])
+    made = memo.hashes(found, ids, PAGE)
+    assert memo.hashes(found, ids, PAGE) == made == hashes(list(ids), PAGE)
+    assert waited == [False, False], "one for the memo, one for what it is compared with"
+    assert memo.hashes(found, ids + array("I", range(9)), PAGE) == hashes([*ids, *range(9)], PAGE)
+    assert memo.faults() == []
+
+
+def test_a_text_at_which_the_library_panics_has_no_tokens_and_ends_nobody() -> None:
+    reference = Reference(folder(router_models.byte_level(r"(a|aa)+$")))
+    hopeless = "a" * 60 + "b"
+    with pytest.raises(ValueError, match=r"panicked: .*retry-limit"):
+        reference.encode([hopeless])
+    made = Encoder(reference, backend=reference)
+    with pytest.raises(NoTokens, match="gave up at this text"):
+        made.encode(hopeless)
+    assert list(made.encode("b").ids) == list(reference.encode(["b"])[0])
+    made.close()

@@ -70,6 +70,33 @@ def test_a_worker_with_the_same_tokens_has_a_manner_and_others_say_why_not(model
         assert (numbers[f'parity_differs{{worker="{other.url}"}}'], numbers['workers{state="serving"}']) == (1, 7)
 
 
+def test_a_tokenizer_at_a_path_that_cannot_be_looked_at_costs_its_worker_the_credit_and_nobody_else(
+    model: Path,
+) -> None:
+    info = describes(model, **EVENTS)
+    with (
+        MockWorker(info=info | {"tokenizer_path": "/" + "a" * 300}, model=str(model)) as odd,
+        MockWorker(info=info, model=str(model)) as other,
+        World(odd.url, other.url) as world,
+    ):
+        world.until(lambda: "cannot be read here: File name too long" in world.view(odd.url).why)
+        world.until(lambda: world.fleet.manner(other.url))
+
+
+def test_workers_that_differ_in_their_adapters_share_a_tokeniser(model: Path) -> None:
+    info = describes(model, **EVENTS)
+    with (
+        MockWorker(info=info | {"lora_paths": ["poet=/p"]}, model=str(model)) as poet,
+        MockWorker(info=info, model=str(model)) as plain,
+        World(poet.url, plain.url) as world,
+    ):
+        one, other = world.until(
+            lambda: (found := [world.fleet.manner(each.url) for each in (poet, plain)]) and all(found) and found
+        )
+        assert one.tokeniser is other.tokeniser, "there are eight at most"
+        assert (set(one.scheme.adapters), set(other.scheme.adapters)) == ({"poet"}, set())
+
+
 def test_a_worker_serves_what_it_says_and_everybody_what_nobody_says(model: Path) -> None:
     adapters = {"lora_paths": [{"lora_name": "poet", "lora_path": "/x"}]}
     with (

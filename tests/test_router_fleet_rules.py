@@ -178,12 +178,23 @@ def test_what_sglang_says_of_itself_is_read() -> None:
         {"model_path": "/m", "kv_events": "x"}, {"model_path": "/m", "kv_events_config": "{"},
         {"model_path": "/m", "kv_events_config": "[]"},
         {"model_path": "/m", "lora_paths": [[1, {}]], "default_chat_template_kwargs": 5},
-        {"model_path": "/m", "lora_paths": [f"a{n}=/p" for n in range(5000)]},
+        {"model_path": "/m", "lora_paths": [f"a{n}=/p" for n in range(5000)]}, {"model_path": "moss" * 100_000},
+        {"model_path": "/m", "tokenizer_path": "/t" * 5000}, {"model_path": "/m", "served_model_name": "m" * 5000},
     ],
 )  # fmt: skip
 def test_what_is_no_server_info_is_refused(info: Any) -> None:
     with pytest.raises(PeerError, match="not understood"):
         Told.of(json.dumps(info).encode())
+
+
+def test_figures_that_no_float_can_be_are_not_taken() -> None:
+    beyond = 10**400
+    with pytest.raises(PeerError, match="not understood"):
+        report(json.dumps({"loads": [{"num_waiting_uncached_tokens": beyond}]}).encode(), 5.0)
+    memory = {"memory_usage": {"kvcache": -1.5, "token_capacity": 1024}}
+    info = {"model_path": "/m", "chunked_prefill_size": beyond, "page_size": beyond, "internal_states": [memory]}
+    told = Told.of(json.dumps(info | {"max_total_num_tokens": beyond}).encode())
+    assert (told.chunk_tokens, told.block_tokens, told.most_tokens, told.token_bytes) == (8192, 1, 0, 0)
 
 
 def test_a_load_without_times_is_as_of_now_and_one_of_long_ago_is_old() -> None:

@@ -45,8 +45,14 @@ def test_a_node_that_announces_workers_without_end_is_bounded() -> None:
     members.all.announced({f"http://h{n}:1": str(n) for n in range(3 * MOST_WORKERS)}, True, 0.0)
     assert len(members.all) == MOST_WORKERS
     assert members.open == set(), "none has said what it is"
-    with pytest.raises(Refused, match="workers"):
-        members.all.add("http://mine:1")
+    members.all.add("http://mine:1")
+    assert (len(members.all), members.open) == (MOST_WORKERS, {"http://mine:1"}), "an operator's word goes before"
+    for number in range(MOST_WORKERS - 1):
+        members.all.add(f"http://mine:{number + 2}")
+    with pytest.raises(Refused, match="1024 workers"):
+        members.all.add("http://one-more:1")
+    for number in range(MOST_WORKERS):
+        members.all.remove(f"http://mine:{number + 1}")
     members.all.announced({}, True, 100.0)
     assert len(members.all) == 0
 

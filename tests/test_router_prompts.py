@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from kvd.router.tokens.requests import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Tokeniser
 from kvd.router.tokens.serving import Serving
@@ -245,8 +246,27 @@ def _models(at: Path) -> Iterator[Path]:
     # transformers' Llama class makes the normalizer, the model and what begins a text anew.
     prepended = router_models.with_special(router_models.prepended())
     yield router_models.folder(at / "llama", prepended, strings, tokenizer_class="LlamaTokenizer")
+    # So do others, each in its own way, whatever tokenizer.json has.
+    for name, model_type in (
+        ("Qwen2Tokenizer", "llama"), ("LlamaTokenizerFast", "qwen2"), ("LlamaTokenizer", "qwen3_5"),
+        ("GPT2TokenizerFast", "llama"), ("GemmaTokenizerFast", "gemma2"), ("CohereTokenizerFast", "cohere"),
+    ):  # fmt: skip
+        made = router_models.byte_level(LLAMA3)
+        made.normalizer = normalizers.NFKD()
+        place = at / f"{name}-{model_type}"
+        yield _of_class(place, router_models.with_special(made), name, model_type, strings)
+    marks = router_models.with_special(router_models.prepended())
+    yield _of_class(at / "gemma", marks, "GemmaTokenizer", "gemma2", strings, bos_token="<|bos|>")
     yield _told_flags(at / "flags", strings)
     yield _more_tokens(at / "more")
+
+
+def _of_class(at: Path, made: Tokenizer, name: str, model_type: str, template: str, **tokens: str) -> Path:
+    """A folder that leaves it to the class which its special tokens are, but for those that are given."""
+    router_models.folder(at, made, f"{{{{ bos_token }}}}{{{{ eos_token }}}}{template}")
+    (at / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **tokens}))
+    (at / "config.json").write_text(json.dumps({"architectures": ["X"], "model_type": model_type}))
+    return at
 
 
 def _told_flags(at: Path, template: str) -> Path:

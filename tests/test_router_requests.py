@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvd.errors import SettingsError
+from kvd.router.tokens import responses
 from kvd.router.tokens.blocks import Scheme, hashes
 from kvd.router.tokens.outcome import Namespace, Why
 from kvd.router.tokens.requests import (
@@ -57,6 +58,7 @@ REFUSED: list[tuple[str, Any, Why]] = [
     (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, Why.STATE),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, Why.UNSUPPORTED),
     (MESSAGES, {"messages": HELLO, "thinking": {"type": "adaptive"}}, Why.UNSUPPORTED),
+    (CHAT, {"messages": HELLO, "reasoning_effort": 10**400}, Why.INVALID),
     (
         CHAT,
         {"messages": HELLO, "tools": [{"function": {"name": "f", "parameters": {"type": "varchar"}}}]},
@@ -123,6 +125,18 @@ def test_nothing_that_a_client_sends_raises(tokeniser: Tokeniser, junk: Any) -> 
             ]
 
     asyncio.run(ask_all())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_turn_of_very_many_messages_is_joined_without_copying_it_for_each() -> None:
+    many = 150_000  # one after the other that was minutes, in one of the two threads that all long prompts share
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    said = [{"role": "assistant", "content": "a"}, call, {"type": "reasoning", "summary": [{"text": "t"}]}] * many
+    (turn,) = responses.as_chat({"input": said}, True)["messages"]
+    assert turn["content"] == "\n\n".join("a" * many)
+    assert turn["reasoning_content"] == "\n".join("t" * many)
+    assert len(turn["tool_calls"]) == many
 
 
 def test_ids_are_taken_as_they_are(tokeniser: Tokeniser) -> None:

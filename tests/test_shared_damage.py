@@ -169,7 +169,43 @@ class TestTrouble:
             failpoints.arm("")
         tier.news()
         assert get(tier, *samples[1:]) == samples[1:], "trouble that passes loses nothing"
+        tier._files.refusal._until = 0.0  # as if that was a while ago
         assert put(tier, sample(99)) == [True]
+
+    @pytest.mark.parametrize(
+        ("fault", "reason"), [("enospc", "disk_full"), ("eacces", "no_permission"), ("erofs", "read_only")]
+    )
+    def test_where_nothing_may_be_written_the_tier_reads_on_and_writes_again_later(
+        self, node: Node, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
+    ) -> None:
+        tier = node("a")
+        samples = [sample(n) for n in range(8)]
+        for what in samples:
+            put(tier, what)
+        failpoints.arm(f"folder.write:1+:{fault}")
+        assert put(tier, samples[0], sample(99)) == [True, False]
+        tier.news()  # there are eight small files to be merged
+        assert get(tier, *samples) == samples
+        assert tier.counters[reason] == 1
+        failpoints.arm("")
+        assert put(tier, sample(99)) == [False], "not asked again at once"
+        assert tier.counters[reason] == 1
+        monkeypatch.setattr(tier._files.refusal, "_until", 0.0)
+        assert put(tier, sample(99)) == [True]
+        assert reason not in tier.counters
+        assert get(tier, sample(99)) == [sample(99)]
+
+    def test_files_that_may_not_be_deleted_stay_and_make_no_room(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a", quota_bytes=MIB)
+        assert put(tier, sample(1, 600_000)) == [True]
+        failpoints.arm("folder.delete:1+:eacces")
+        assert put(tier, sample(2, 600_000)) == [False]
+        assert get(tier, sample(1, 600_000)) == [sample(1, 600_000)]
+        assert not tier.counters["evicted files"]
+        assert tier.counters["undeletable"]
+        failpoints.arm("")
+        assert put(tier, sample(2, 600_000)) == [True]
+        assert len(files(tmp_path)) == 1
 
     def test_a_folder_that_cannot_be_is_said_at_the_start(self, tmp_path: Path) -> None:
         (tmp_path / "shared").write_text("a file")

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from kvd.storage import failpoints
+from kvd.storage.shared.sealed import Rows
 from tests.shared_folder import MIB, Node, files, nodes
 from tests.tier_samples import get, held, put, sample
 
@@ -30,6 +32,21 @@ class TestHousekeeping:
         assert max(path.stat().st_size for path in files(tmp_path)) < 4.2 * MIB
         assert get(tier, *samples) == samples
         assert get(node("b"), *samples) == samples
+
+    def test_what_would_not_fit_when_merged_is_not_even_read(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a", quota_bytes=3 * MIB)
+        samples = [sample(n, 200_000) for n in range(8)]
+        for what in samples:
+            put(tier, what)
+        failpoints.arm("folder.read:1+:eio")
+        tier.news()
+        assert "unreadable" not in tier.counters
+        failpoints.arm("")
+        tier._housekeeping.quota_bytes = 4 * MIB
+        tier.news()
+        tier.news()
+        assert len(files(tmp_path)) == 1
+        assert get(tier, *samples) == samples
 
     def test_a_tier_at_rest_writes_nothing(self, node: Node, tmp_path: Path) -> None:
         tier = node("a")
@@ -107,6 +124,42 @@ class TestHousekeeping:
         assert not files(tmp_path)
         assert not files(tmp_path, "graves")
 
+    def test_old_graves_cost_one_look_at_each_file_however_many_they_are(
+        self, node: Node, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tier = node("a")
+        put(tier, *[sample(n) for n in range(20)])
+        for n in range(10):
+            tier.remove([sample(n).page.name])
+        monkeypatch.setattr("kvd.storage.shared.housekeeping._YOUNG_GRAVE_S", -60.0)
+        looks: list[Rows] = []
+        listed, lock = Rows.stamps, cast(Any, tier._files.lock)
+
+        def counted(rows: Rows) -> Iterator[tuple[bytes, int]]:
+            assert not lock._is_owned(), "nobody waits for it"
+            looks.append(rows)
+            return listed(rows)
+
+        monkeypatch.setattr(Rows, "stamps", counted)
+        tier._housekeeping._sweep()
+        assert len(looks) == 1
+        tier._housekeeping._sweep()
+        assert len(looks) == 1, "what makes them needed is known, and there"
+
+    def test_graves_stay_while_there_are_files_that_were_not_read(
+        self, node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writer = node("a")
+        put(writer, sample(1), sample(2))
+        old = node("b", max_pages=1)
+        assert not held(old)
+        writer.remove([sample(1).page.name])
+        monkeypatch.setattr("kvd.storage.shared.housekeeping._YOUNG_GRAVE_S", -60.0)
+        old._housekeeping.leftover_s = 0
+        old.news()
+        old.news()
+        assert held(node("c")) == {sample(2).page.name}
+
     def test_what_crashes_left_is_swept_by_age_and_foreign_files_never(self, node: Node, tmp_path: Path) -> None:
         put(node("a"), sample(1))
         folder = tmp_path / "shared"
@@ -147,6 +200,34 @@ class TestHousekeeping:
         assert put(tier, sample(1, 300_000)) == [True]
         assert put(tier, sample(2, 2 * MIB)) == [False]
         assert get(tier, sample(1, 300_000)) == [sample(1, 300_000)]
+
+    def test_own_pages_beyond_what_a_node_may_know_push_out_the_oldest(self, node: Node) -> None:
+        tier = node("a", max_pages=6)
+        for n in range(0, 12, 2):
+            assert put(tier, sample(n), sample(n + 1)) == [True, True]
+        assert held(tier) == {sample(n).page.name for n in range(6, 12)}
+        assert put(tier, *[sample(n) for n in range(20, 27)]) == [False] * 7, "more than all"
+        assert len(held(tier)) == 6
+
+    def test_files_with_too_many_pages_are_read_once_there_is_room(self, node: Node) -> None:
+        writer, reader = node("a"), node("b", max_pages=6)
+        samples = [sample(n) for n in range(12)]
+        for at in range(0, 12, 2):
+            put(writer, *samples[at : at + 2])
+        reader.news()
+        known = held(reader)
+        assert len(known) == 6
+        assert {what.page.name for what in samples[8:]} <= known, "the youngest, as far as two threads keep the order"
+        reader.news()
+        assert reader.counters["too many pages"] == 3, "counted once"
+        writer.remove([what.page.name for what in samples[8:]])
+        reader.news()
+        came = set(reader.news().came)
+        assert len(came) == 4
+        left = [what for what in samples[:8] if what.page.name in came | known]
+        assert get(reader, *left) == left
+        assert held(reader) == {what.page.name for what in left}
+        assert len(left) == 6
 
     def test_a_put_longer_than_a_file_is_several(self, node: Node, tmp_path: Path) -> None:
         samples = [sample(n, 700_000) for n in range(20)]

@@ -24,6 +24,7 @@ from kvd.storage.tier import Name, Page
 log = logging.getLogger("kvd.tier")
 
 SILENT_AFTER_S = 10.0  # it says how it is twice a second
+OPENING_AFTER_S = 600.0  # what it says until it works is little: a large catalog takes minutes
 START_AFTER_S = (0.2, 30.0)  # a failure: first, longest
 _OPENING = "opening"
 _ENDED = "its process ended"
@@ -212,8 +213,8 @@ class Below:
         if self._process is None:
             if now >= self._start_at and not self._closed:
                 self._start(now)
-        elif self._sock is not None and now - self._heard > SILENT_AFTER_S:
-            self._hang_up(f"silent for {SILENT_AFTER_S:.0f} s: does its disk hang?")
+        elif self._sock is not None and now - self._heard > self._silent_after_s:
+            self._hang_up(f"silent for {self._silent_after_s:.0f} s: does its disk hang?")
         elif self._sock is not None and self._asked and now - next(iter(self._asked.values())) > self._patience:
             self._hang_up(f"silent about a request for {self._patience:.0f} s: does its disk hang?")
         elif self._sock is None and (status := self._process.poll()) is not None:
@@ -222,26 +223,24 @@ class Below:
                 self.trouble = f"{_ENDED}: {_cause(status)}"
                 log.warning("%s: %s", self.name, self.trouble)
             self._fail_all()
+        elif self.trouble.startswith(_OPENING) and now - self._began > SILENT_AFTER_S:
+            self.trouble = f"{_OPENING} for {now - self._began:.0f} s: a large catalog, or a disk that hangs"
+
+    @property
+    def _silent_after_s(self) -> float:
+        return OPENING_AFTER_S if self.trouble else SILENT_AFTER_S
 
     @property
     def _patience(self) -> float:
         return _REMOVAL_PATIENCE_S if self._removals else self._patience_s
 
     def _start(self, now: float) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        settings = {**self._settings, "tier": self.name, "socket": theirs.fileno(), "arena": self._arena_fd}
-        command = [sys.executable, "-m", "kvd.storage.serve", json.dumps(settings)]
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    command, pass_fds=(theirs.fileno(), self._arena_fd), stdin=subprocess.DEVNULL,
-                    env={k: v for k, v in os.environ.items() if not k.startswith(("NOTIFY_", "WATCHDOG_"))},
-                )  # fmt: skip
-            except OSError as error:  # no memory, no processes: later again
-                ours.close()
-                self._start_at = now + START_AFTER_S[1]
-                self.trouble = f"cannot start its process: {error}"
-                return
+        try:
+            ours = self._spawn()
+        except OSError as error:  # no memory, no processes, no descriptors: later again
+            self._start_at = now + START_AFTER_S[1]
+            self.trouble = f"cannot start its process: {error}"
+            return
         ours.setblocking(False)
         self._sock = ours
         self._inbox.clear()
@@ -251,6 +250,22 @@ class Below:
         if not self.restarts:  # else what it died of stays to be seen until it works again
             self.trouble = _OPENING
         self._loop.add_reader(ours, self._read)
+
+    def _spawn(self) -> socket.socket:
+        """Our end of what it is talked to through."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        settings = {**self._settings, "tier": self.name, "socket": theirs.fileno(), "arena": self._arena_fd}
+        command = [sys.executable, "-m", "kvd.storage.serve", json.dumps(settings)]
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=(theirs.fileno(), self._arena_fd), stdin=subprocess.DEVNULL,
+                    env={k: v for k, v in os.environ.items() if not k.startswith(("NOTIFY_", "WATCHDOG_"))},
+                )  # fmt: skip
+            except OSError:
+                ours.close()
+                raise
+        return ours
 
     def _hang_up(self, why: str) -> None:
         """Close, kill; `tick` reaps."""

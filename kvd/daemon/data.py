@@ -26,7 +26,7 @@ Answer = Callable[[bytes, wire.FromWorker, Respond], wire.ToWorker | None]
 class DataSocket:
     """Binds, answers, closes. `answer(ticket, request, respond)` returns the reply, or None and may `respond` later.
 
-    PeerError drops the session.
+    PeerError drops the session. `admit(False)`: those who are connected go on, nobody else can connect.
     """
 
     def __init__(self, path: Path, mode: int, answer: Answer, drop: Callable[[bytes, str], None]) -> None:
@@ -43,11 +43,18 @@ class DataSocket:
             (zmq.SNDHWM, 4 * _QUEUE),
         ):
             self._socket.setsockopt(option, value)
-        self._path = path
-        path.unlink(missing_ok=True)
+        self._path, self._aside = path, path.with_name(f"{path.name}.full")
+        for left in (self._path, self._aside):  # by a daemon that was killed
+            left.unlink(missing_ok=True)
         self._socket.bind(f"ipc://{path}")
         path.chmod(mode)
         self._pump = Pump(self._socket, self._handle)
+
+    def admit(self, yes: bool) -> None:
+        """By the socket's name: ZeroMQ cannot be told to accept nobody, and to unbind ends who is connected."""
+        there, here = (self._aside, self._path) if yes else (self._path, self._aside)
+        with contextlib.suppress(OSError):  # mostly: that is its name already
+            there.rename(here)
 
     def _handle(self, parts: list[bytes]) -> None:
         ticket = parts[0][: wire.TICKET_BYTES]
@@ -77,3 +84,4 @@ class DataSocket:
             self._pump.close()
             self._context.term()
             self._path.unlink(missing_ok=True)
+            self._aside.unlink(missing_ok=True)

@@ -93,8 +93,8 @@ class Leases:
 
     def promise(self, owner: int, groups: Iterable[Group], until: float) -> None:
         """Hold pages for a read that is to follow."""
-        mine = self._promises.setdefault(owner, {})
         for group in groups:
+            mine = self._promises.setdefault(owner, {})
             held = mine.get(group.place)
             if held is None:
                 mine[group.place] = Promise(group, 1, until)

@@ -156,9 +156,14 @@ class Member:
 class Members:
     """Accepts connections and keeps count of them."""
 
-    def __init__(self, sock: socket.socket, most: int, answer: Answer, gone: Callable[[Member], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, most: int, answer: Answer, gone: Callable[[Member], None],
+        shortage: Callable[[], str],
+    ) -> None:  # fmt: skip
+        """`shortage`: why nobody more can be taken in now, in words."""
         self._sock = sock
         self._most = most
+        self._shortage = shortage
         self._answer = answer
         self._on_gone = gone
         self._all: set[Member] = set()
@@ -174,8 +179,9 @@ class Members:
         except OSError:
             return  # the peer changed its mind, or we are out of descriptors: it will try again
         sock.setblocking(False)
-        if len(self._all) >= self._most:
-            log.warning("refused a connection: max_sessions (%d) are connected", self._most)
+        full = f"max_sessions ({self._most}) are connected" if len(self._all) >= self._most else self._shortage()
+        if full:
+            log.warning("refused a connection: %s", full)
             sock.close()
             return
         self._all.add(Member(sock, self._answer, self._gone))

@@ -133,6 +133,7 @@ class Node:
     def bury(self, session: Session) -> None:
         """The session's connection is gone: free all it held."""
         self.intake.take_back(self.leases.bury(session.id))
+        self.promotion.bury(session.id)
         self.sessions.remove(session)
 
     def tick(self, now: float) -> None:

@@ -106,6 +106,11 @@ class Promotion:
         fetch.askers[session] = max(until, fetch.askers.get(session, until))
         return True
 
+    def bury(self, session: int) -> None:
+        """It has ended: what comes is promised to it no more."""
+        for fetch in self._fetches.values():
+            fetch.askers.pop(session, None)
+
     def where(self, namespace: bytes, key: bytes) -> Lower | None:
         """The tier that would be asked for a page, or None: it is in RAM, or nowhere that can be asked."""
         held = self._stock.below(namespace, key) if self.tiers else 0

@@ -1,6 +1,6 @@
 """The shell: turns messages into calls on the node, with the time, and tells members what came of it.
 
-All node work happens on the event loop's thread; the only other thread faults memory in at start.
+All node work happens on the event loop's thread; the only others fault memory in and look for GPUs, at start.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from kvd import __version__, systemd, wire
+from kvd import __version__, descriptors, systemd, wire
 from kvd.daemon import operators, scratch, status
 from kvd.daemon.data import DataSocket
 from kvd.daemon.events import Events
@@ -19,8 +19,10 @@ from kvd.daemon.lower import open_lower
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
 from kvd.daemon.removals import Removals
+from kvd.daemon.requests import bounded
 from kvd.daemon.room import Room
 from kvd.daemon.sessions import Session
+from kvd.daemon.telemetry import Gpus
 from kvd.errors import PeerError, Refused, VersionSkew
 from kvd.leasetable import LeaseTableReader
 from kvd.places import DATA_SOCKET, SOCKET
@@ -53,7 +55,9 @@ class Shell:
         self.closing = False
         path = settings.run_dir / SOCKET
         listener = listen(path, settings.socket_mode)
-        self._members = Members(listener, settings.max_sessions, self._answer, self._gone)
+        self._shortage = ""
+        self._gpus = Gpus()
+        self._members = Members(listener, settings.max_sessions, self._answer, self._gone, self._crowded)
         self._data = DataSocket(settings.run_dir / DATA_SOCKET, settings.socket_mode, self._answer_worker, self._drop)
         self._by_ticket: dict[bytes, Member] = {}
         self._lower = open_lower(settings, room)
@@ -143,6 +147,7 @@ class Shell:
     def _scan(self, session: Session, cursor: int, limit: int) -> wire.Scanned:
         if cursor < 0 or not 1 <= limit <= MAX_SCAN:
             raise PeerError("malformed scan")
+        bounded(session, self._node.leases.held_by(session.id))
         return status.scan(self._node, session, cursor, limit, time.monotonic(), SCAN_TTL_S)
 
     # -- kvd.data ------------------------------------------------------------------------------------------
@@ -200,12 +205,21 @@ class Shell:
             log.warning("dropped %r: %s", member.session, why)
             member.close()
 
+    def _crowded(self) -> str:
+        """Why nobody more can be taken in. ZeroMQ takes connections by itself: it is told here."""
+        before, self._shortage = self._shortage, descriptors.shortage()
+        self._data.admit(not self._shortage)
+        if self._shortage and not before:
+            log.warning("%s", self._shortage)
+        return self._shortage
+
     # -- jobs ----------------------------------------------------------------------------------------------
 
     async def tick(self) -> None:
         """Expire leases, and tell the service manager that the loop turns."""
         interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
         while True:
+            self._crowded()
             self._node.tick(time.monotonic())
             for below in self._lower:
                 below.tick(time.monotonic())
@@ -240,7 +254,7 @@ class Shell:
     def status(self) -> wire.Status:
         return status.status(
             self._node, self._settings, self._room, time.monotonic(), self._started, self.prefaulted,
-            self._data.dropped, self._lower,
+            self._data.dropped, self._lower, self._shortage, self._gpus.names,
         )  # fmt: skip
 
     async def flush(self) -> None:

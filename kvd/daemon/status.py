@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import psutil
 
 from kvd import __version__, wire
-from kvd.daemon import telemetry
 from kvd.daemon.below import Below
 from kvd.daemon.group import Group
 from kvd.daemon.node import Node
@@ -28,6 +27,8 @@ def status(
     prefaulted: int,
     strangers: int,
     lower: Sequence[Below],
+    shortage: str,
+    gpus: list[str],
 ) -> wire.Status:
     """The daemon at a glance."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -56,11 +57,18 @@ def status(
         tiers=[tier, *(_below(b, w, c) for b, w, c in zip(lower, node.writebacks, node.promotion.tiers, strict=True))],
         workers=[_worker(node, s, now) for s in node.sessions.all() if s.role == "worker"],
         counters=counters,
-        rss_bytes=psutil.Process().memory_info().rss,
+        rss_bytes=_rss_bytes(),
         memlock_bytes=-1 if soft == resource.RLIM_INFINITY else soft,
-        gpus=telemetry.gpus(),
-        warnings=_warnings(settings, tier.bytes_total, soft),
+        gpus=gpus,
+        warnings=[*_warnings(settings, tier.bytes_total, soft), *([shortage] if shortage else [])],
     )
+
+
+def _rss_bytes() -> int:
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except OSError:  # no descriptor is left to look with
+        return 0
 
 
 def _below(below: Below, writeback: WriteBack, source: Lower) -> wire.TierStatus:

@@ -16,9 +16,15 @@ def find(told: Told, model_path: Path | None) -> Path:
     if model_path is not None:
         return model_path
     named = told.tokenizer_path
-    if (Path(named) / _FILE).is_file():
-        return Path(named)
-    cached = _cached(named, told.revision)
+    try:
+        if (Path(named) / _FILE).is_file():
+            return Path(named)
+        cached = _cached(named, told.revision)
+    except OSError as error:  # it may be another user's, or no name that a file can have
+        raise SettingsError(
+            f"the tokenizer of {named} cannot be read here: {error.strerror}",
+            "let the router's user read that folder, or copy the model's tokenizer here and set model_path",
+        ) from error
     if cached is None:
         raise SettingsError(
             f"the tokenizer of {named} is not on this machine", "copy the model's tokenizer here and set model_path"

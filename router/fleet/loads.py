@@ -18,7 +18,7 @@ releases what is not said is 0, or this endpoint is not there.
 """
 
 from datetime import datetime
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -27,15 +27,16 @@ from kvd.router.load import Report
 
 PATH: Final = "/v1/loads?include=core"
 MOST_AGE_S: Final = 3600.0
+_Count = Annotated[int, msgspec.Meta(le=1 << 48)]  # JSON has numbers that no float can be: what divides them fails
 
 
 class _Load(msgspec.Struct):
     timestamp: float = 0.0
-    num_running_reqs: int = 0
-    num_waiting_reqs: int = 0
-    num_waiting_uncached_tokens: int = 0
-    num_used_tokens: int = 0
-    max_total_num_tokens: int = 0
+    num_running_reqs: _Count = 0
+    num_waiting_reqs: _Count = 0
+    num_waiting_uncached_tokens: _Count = 0
+    num_used_tokens: _Count = 0
+    max_total_num_tokens: _Count = 0
 
 
 class _Answer(msgspec.Struct):

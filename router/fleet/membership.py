@@ -99,7 +99,7 @@ class Membership:
         entry = self._entries.get(worker.name)
         if entry is None:
             if len(self._entries) >= MOST_WORKERS:
-                raise Refused(f"there are {MOST_WORKERS} workers", "remove some, or start another router")
+                self._make_room()
             entry = self._enter(worker, "added", admitted=False)
         self._sent_away.discard(worker.name)
         self._sent_lives.pop(entry.life, None)  # one that is not known yet: when it is
@@ -172,6 +172,13 @@ class Membership:
             self._sent_lives[entry.life] = None
             if len(self._sent_lives) > MOST_WORKERS:
                 del self._sent_lives[next(iter(self._sent_lives))]
+
+    def _make_room(self) -> None:
+        """For one of an operator's, who cannot see or remove those that are no members yet. Raises Refused."""
+        stranger = next((entry for entry in self if not entry.admitted), None)
+        if stranger is None:
+            raise Refused(f"there are {MOST_WORKERS} workers", "remove some, or start another router")
+        self._leave(stranger, "an operator's takes its place")
 
     def _known(self, name: str) -> Entry:
         entry = self.find(name)

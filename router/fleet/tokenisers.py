@@ -6,6 +6,7 @@ them. One that no worker needs is let go; requests that still have it end with i
 
 import asyncio
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +34,7 @@ class Tokenisers:
         """How this worker makes prompts. `used`: what workers have now. Raises SettingsError where it is not known."""
         async with self._opening:
             folder = await asyncio.to_thread(find, told, self._model_path)
-            key = (folder, repr(told.serving))
+            key = (folder, repr(replace(told.serving, adapters={})))  # which change blocks' names, not prompts
             self._forget(used())
             if key not in self._open:
                 if len(self._open) >= MOST:

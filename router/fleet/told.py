@@ -16,7 +16,10 @@ from kvd.router.tokens.blocks import Format, Scheme
 from kvd.router.tokens.serving import Serving
 
 MOST_ADAPTERS: Final = 4096
+MOST_CHARACTERS: Final = 4096  # of a path or a name: they are searched, logged and shown
+_MOST: Final = 1 << 48  # of anything counted: JSON has numbers that no float can be
 _GIB: Final = 1 << 30
+_NAMES: Final = ("model_path", "served_model_name", "tokenizer_path", "revision")
 _HINT: Final = "is this an SGLang server, of release 0.5.3 or later?"
 # Their trees are of pairs of tokens (sglang: speculative/spec_info.py is_eagle), and so are their block hashes.
 _PAIRS: Final = frozenset({"EAGLE", "EAGLE3", "FROZEN_KV_MTP", "NEXTN"})
@@ -53,6 +56,8 @@ class Told:
         serving = Serving.of(info)
         if len(serving.adapters) > MOST_ADAPTERS:
             raise ValueError(f"{len(serving.adapters)} adapters")
+        if any(len(str(info.get(name))) > MOST_CHARACTERS for name in _NAMES):
+            raise ValueError(f"one of {', '.join(_NAMES)} has more than {MOST_CHARACTERS} characters")
         events = info.get("kv_events") or {}
         config = info.get("kv_events_config") or "{}"
         config = msgspec.json.decode(config) if isinstance(config, str) else config
@@ -91,8 +96,8 @@ def _no_blocks(info: Mapping[str, Any], events: Mapping[str, Any]) -> str:
 
 
 def _positive(value: Any) -> int:
-    """A whole number above 0; 0 for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    """A whole number above 0, of a size that there is; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST else 0
 
 
 def _token_bytes(info: Mapping[str, Any]) -> int:
@@ -100,6 +105,8 @@ def _token_bytes(info: Mapping[str, Any]) -> int:
     states = info.get("internal_states")
     memory = states[0].get("memory_usage") if isinstance(states, list) and states else None
     if not isinstance(memory, Mapping) or not isinstance(size := memory.get("kvcache"), int | float):
+        return 0
+    if not 0 <= size < _MOST:
         return 0
     tokens = _positive(memory.get("token_capacity")) or _positive(info.get("max_total_num_tokens"))
     ranks = max(1, _positive(info.get("tp_size"))) * max(1, _positive(info.get("pp_size")))

@@ -214,7 +214,7 @@ def _reasoning(body: Mapping[str, Any]) -> tuple[Any, bool | None]:
     if effort not in _EFFORTS:
         try:
             effort = float(effort)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise NoTokens(Why.INVALID, f"reasoning_effort {effort!r}") from error
     return effort, effort != "none"
 

@@ -14,6 +14,7 @@ Where any of this does not hold for a tokenizer, it has no cuts.
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Final
 
 # Each acts on a piece alone, wherever it lies.
@@ -34,10 +35,10 @@ def cut_tokens(tokenizer_json: str, template: str = "") -> list[bytes]:
     if any(token["single_word"] for token in added):
         return []
     contents = [token["content"] for token in added if token["content"]]
-    plain = [token["content"] for token in added if not (token["normalized"] or token["lstrip"] or token["rstrip"])]
-    fit = [content for content in plain if content and _alone(content, contents)]
-    written = [content for content in fit if content in template]
-    return [content.encode() for content in (written or sorted(fit, key=_unlikely))[:MOST_TOKENS]]
+    changed = ("normalized", "lstrip", "rstrip")
+    plain = [token["content"] for token in added if token["content"] and not any(token[name] for name in changed)]
+    written = [content for content in plain if content in template]
+    return _fit(written, contents) or _fit(sorted(plain, key=_unlikely), contents)
 
 
 def cuts(data: bytes, tokens: Sequence[bytes], least: int, at: int = 0) -> list[int]:
@@ -63,6 +64,11 @@ def cuts(data: bytes, tokens: Sequence[bytes], least: int, at: int = 0) -> list[
             return found
         found.append(first)
         at = first
+
+
+def _fit(wanted: Sequence[str], contents: Sequence[str]) -> list[bytes]:
+    """The first few that nothing else can match in place of. No more are looked at: some models have thousands."""
+    return [content.encode() for content in islice((one for one in wanted if _alone(one, contents)), MOST_TOKENS)]
 
 
 def _alone(content: str, contents: Sequence[str]) -> bool:

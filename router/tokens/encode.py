@@ -7,7 +7,9 @@ encoder's pool, where the tokenizer holds no lock of the interpreter's.
 
 import asyncio
 from array import array
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Final
 
@@ -89,11 +91,13 @@ class Encoder:
 
     def finish(self, plan: Plan) -> Encoded:
         if plan.marks is None:
-            return Encoded(self.backend.encode([plan.text])[0])
+            with _tried():
+                return Encoded(self.backend.encode([plan.text])[0])
         begin = plan.found.end if plan.found is not None else 0
         ends = cuts(plan.data, self.cut_tokens, self._least, begin)
         bounds = [begin, *ends, len(plan.data)]
-        *pieces, tail = self.backend.encode([plan.data[begin:end].decode() for begin, end in pairwise(bounds)])
+        with _tried():
+            *pieces, tail = self.backend.encode([plan.data[begin:end].decode() for begin, end in pairwise(bounds)])
         found = self._memo.grow(plan.found, plan.data, plan.marks, ends, pieces)
         ids = found.ids() if found is not None else array("I")
         ids.extend(tail)
@@ -102,7 +106,8 @@ class Encoder:
     def surround(self, encoded: Encoded, text: str) -> Encoded:
         """With what the tokenizer puts before and after a text that is no chat."""
         if self.surroundings is None:
-            return Encoded(self.reference.encode([text], specials=True)[0])
+            with _tried():
+                return Encoded(self.reference.encode([text], specials=True)[0])
         before, after = self.surroundings
         if not before and not after:
             return encoded
@@ -121,3 +126,11 @@ class Encoder:
     def close(self) -> None:
         """Waits for what is being encoded; may be called twice."""
         self._pool.shutdown()
+
+
+@contextmanager
+def _tried() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # rules of splitting have limits: Qwen's, at millions of spaces in a row
+        raise NoTokens(Why.UNSUPPORTED, f"the tokenizer gave up at this text: {error}") from error

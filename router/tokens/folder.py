@@ -1,29 +1,25 @@
 """A model's folder, as far as tokens go: its tokenizer, its chat templates, its special tokens.
 
 Read once, when a model is first seen. What transformers 5 and SGLang 0.5.23 do to these files while they load them is
-done here too: added tokens that tokenizer.json lacks, who begins a text with BOS, which of several templates counts,
-and what transformers' Llama class puts in the place of a tokenizer's own parts.
+done here too: added tokens that tokenizer.json lacks, who begins a text with BOS, which of several templates counts;
+for what some classes put in the place of a tokenizer's own parts see kvd.router.tokens.remade.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from kvd.errors import SettingsError
+from kvd.router.tokens.remade import Remade, remade
 
 NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LLAMA: Final = frozenset({"LlamaTokenizer", "LlamaTokenizerFast"})
-# Of these model types transformers takes the own class, whatever tokenizer_class says.
-_NOT_LLAMA: Final = frozenset({"qwen2"})
 # The classes whose add_bos_token SGLang restores; others' tokenizer.json says it all.
 _BOS_BY_FLAG: Final = frozenset(
     {"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast", "GemmaTokenizer",
      "GemmaTokenizerFast", "CohereTokenizerFast"}
 )  # fmt: skip
-
-Prepend = Literal["never", "always", "first"]  # which pieces of a text get a mark in front
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class ModelFolder:
     more_special: Sequence[str] = ()  # that have no name
     templates: Mapping[str, str] = field(default_factory=dict)
     begins_with_bos: bool = False  # whatever tokenizer.json says
-    metaspace: Prepend | None = None  # of transformers' Llama class, instead of tokenizer.json's; None: as that says
+    remade: Remade | None = None  # what its class has instead of tokenizer.json's own parts
     architecture: str = ""
     model_type: str = ""
     multimodal: bool = False
@@ -63,6 +59,8 @@ class ModelFolder:
             config |= older
             more_special = more_special or _more_special(older)
         architectures, model_type = model.get("architectures") or [""], str(model.get("model_type", ""))
+        anew = remade(config, model_type)
+        config = {**(anew.tokens if anew is not None else {}), **config}
         return cls(
             path.read_text(encoding="utf-8"),
             _named(config),
@@ -70,7 +68,7 @@ class ModelFolder:
             more_special,
             _templates(folder, config),
             config.get("tokenizer_class") in _BOS_BY_FLAG and config.get("add_bos_token") in (None, True),
-            _metaspace(config, model_type),
+            anew,
             str(architectures[0]),
             model_type,
             any(name in model for name in ("vision_config", "audio_config")),
@@ -134,12 +132,3 @@ def _template_files(folder: Path) -> list[Path]:
     extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     single = folder / "chat_template.jinja"
     return [*([single] if single.is_file() else []), *extra]
-
-
-def _metaspace(config: Mapping[str, Any], model_type: str) -> Prepend | None:
-    """transformers 5: models/llama/tokenization_llama.py."""
-    if config.get("tokenizer_class") not in _LLAMA or model_type in _NOT_LLAMA:
-        return None
-    if config.get("add_prefix_space") is False:
-        return "never"
-    return "always" if config.get("legacy") else "first"

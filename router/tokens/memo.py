@@ -142,16 +142,18 @@ class Memo:
 
     def hashes(self, found: Found | None, ids: "array[int]", naming: Naming) -> list[int]:
         """Event hashes of `ids`, which begin with what was found; the trunk remembers its own."""
-        if found is None:
-            chain = Chain(naming)
-        else:
+        trunk = found.trunk if found is not None else Trunk()
+        shared = found.tokens // naming.page_tokens if found is not None else 0
+        with self._lock:
+            known = trunk.chains.get(naming)
+            if known is not None and len(known.hashes) >= shared == len(ids) // naming.page_tokens:
+                return known.hashes[:shared]
+            chain = known.fork(shared) if known is not None else Chain(naming)
+        new = len(chain.hashes) < shared
+        chain.extend(ids)  # not under the lock: of a long text it takes seconds, and event loops wait for the lock
+        if new:
             with self._lock:
-                known = self._chain(found.trunk, naming)
-                blocks = found.tokens // naming.page_tokens
-                if blocks == len(ids) // naming.page_tokens:
-                    return known.hashes[:blocks]
-                chain = known.fork(blocks)
-        chain.extend(ids)
+                self._keep(trunk, chain.fork(shared))
         return chain.hashes
 
     def stats(self) -> MemoStats:
@@ -175,18 +177,16 @@ class Memo:
                 faults.append("a trunk that does not end at its last cut")
             return faults
 
-    def _chain(self, trunk: Trunk, naming: Naming) -> Chain:
-        """The trunk's own, up to its end; counted."""
-        known = trunk.chains.get(naming)
-        before = None if known is None else len(known.hashes)
-        if known is None:
-            known = trunk.chains[naming] = Chain(naming)
-            if len(trunk.chains) > CHAINS:
-                trunk.chains.popitem(last=False)
-        known.extend(trunk.ids)
-        if len(known.hashes) != before and id(trunk) in self._trunks:
+    def _keep(self, trunk: Trunk, chain: Chain) -> None:
+        """As the trunk's own, counted; unless somebody else's goes further."""
+        known = trunk.chains.get(chain.naming)
+        if known is not None and len(known.hashes) >= len(chain.hashes):
+            return
+        trunk.chains[chain.naming] = chain
+        if len(trunk.chains) > CHAINS:
+            trunk.chains.popitem(last=False)
+        if id(trunk) in self._trunks:
             self._account(trunk)
-        return known
 
     def _mark(self, trunk: Trunk, marks: Sequence[int]) -> None:
         """With those of its text's marks that lie within it; what another trunk had becomes this one's."""

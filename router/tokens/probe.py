@@ -11,6 +11,7 @@ import msgspec
 
 from kvd.errors import UNDECODABLE, Unavailable
 from kvd.router.asking import Asker
+from kvd.router.tokens.outcome import NoTokens
 from kvd.router.tokens.parity import PROBE_EVERY_S, Canary, Parity, Verdict, canaries
 from kvd.router.tokens.requests import CHAT, Tokeniser
 
@@ -73,4 +74,7 @@ class _Answer(msgspec.Struct):
 def _expected(tokeniser: Tokeniser, canary: Canary) -> Sequence[int] | None:
     if canary.chat:
         return tokeniser.tokenise(CHAT, canary.body)[0].ids
-    return tokeniser.text(str(canary.body["prompt"]))
+    try:
+        return tokeniser.text(str(canary.body["prompt"]))
+    except NoTokens:
+        return None

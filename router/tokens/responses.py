@@ -5,6 +5,7 @@ A request that goes on from a stored response is refused: only the worker has wh
 
 import json
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, Final
 
 import msgspec
@@ -14,6 +15,9 @@ from kvd.router.tokens.outcome import NoTokens, Why
 Body = dict[str, Any]
 _DEVELOPER: Final = "Developer instructions:"
 _BARE_REASONING: Final = {"role", "reasoning_content"}
+_JOINED: Final[Mapping[str, Any]] = {  # fields of which a turn has all of its messages', and what says nothing there
+    "phase": (None,), "content": (None, ""), "tool_calls": (None, "", [], {}), "reasoning_content": (None, "", [], {}),
+}  # fmt: skip
 
 
 def as_chat(body: Mapping[str, Any], inline_system: bool) -> Body:
@@ -121,37 +125,46 @@ def _reasoning(item: Mapping[str, Any]) -> Body | None:
 
 def _merged(messages: list[Body]) -> list[Body]:
     """Consecutive messages of the assistant's are one turn."""
-    out: list[Body] = []
+    turns: list[list[Body]] = []
+    names: set[str] = set()  # of the fields that the last turn has by now
+    phase = None
     for message in messages:
-        before = out[-1] if out else {}
-        joins = message.get("role") == before.get("role") == "assistant" and (
-            before.get("phase") == message.get("phase") or set(before) == _BARE_REASONING
-        )
-        if joins:
-            out[-1] = _joined(before, message)
+        joins = turns and message.get("role") == turns[-1][0].get("role") == "assistant"
+        if joins and (message.get("phase") == phase or names == _BARE_REASONING):
+            turns[-1].append(message)
+            names |= {name for name, empty in _JOINED.items() if message.get(name) not in empty}
+            phase = message["phase"] if message.get("phase") is not None else phase
         else:
-            out.append(message)
-    return out
+            turns.append([message])
+            names, phase = set(message), message.get("phase")
+    return [turn[0] if len(turn) == 1 else _joined(turn) for turn in turns]
 
 
-def _joined(before: Body, after: Body) -> Body:
-    joined = dict(before)
-    if after.get("phase") is not None:
-        joined["phase"] = after["phase"]
-    old, new = before.get("content"), after.get("content")
-    if new not in (None, ""):
-        if old in (None, ""):
-            joined["content"] = new
-        elif isinstance(old, str) and isinstance(new, str):
-            joined["content"] = f"{old}\n\n{new}"
-        else:
-            joined["content"] = _as_parts(old) + _as_parts(new)
-    if calls := after.get("tool_calls"):
-        joined["tool_calls"] = [*(before.get("tool_calls") or []), *calls]
-    if thought := after.get("reasoning_content"):
-        earlier = before.get("reasoning_content")
-        joined["reasoning_content"] = f"{earlier}\n{thought}" if earlier else thought
+def _joined(turn: list[Body]) -> Body:
+    """All at once: one after the other, each would copy all before it."""
+    first, *others = turn
+    joined = dict(first)
+    for phase in [each["phase"] for each in others if each.get("phase") is not None]:
+        joined["phase"] = phase
+    if any(each.get("content") not in (None, "") for each in others):
+        joined["content"] = _one_content([each["content"] for each in turn if each.get("content") not in (None, "")])
+    if any(each.get("tool_calls") for each in others):
+        joined["tool_calls"] = [call for each in turn for call in each.get("tool_calls") or []]
+    if any(each.get("reasoning_content") for each in others):
+        thoughts = [each["reasoning_content"] for each in turn if each.get("reasoning_content")]
+        joined["reasoning_content"] = thoughts[0] if len(thoughts) == 1 else "\n".join(map(str, thoughts))
     return joined
+
+
+def _one_content(contents: list[Any]) -> Any:
+    texts = list(takewhile(lambda content: isinstance(content, str), contents))
+    rest = contents[len(texts) :]
+    if not rest:
+        return "\n\n".join(texts)
+    if len(contents) == 1:
+        return rest[0]
+    parts = _as_parts("\n\n".join(texts)) if texts else []
+    return [*parts, *(part for content in rest for part in _as_parts(content))]
 
 
 def _as_parts(content: Any) -> list[Any]:

@@ -6,19 +6,20 @@ and where it is not installed, the reference does all.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import tokenizers
 
 from kvd.errors import SettingsError
 from kvd.router.tokens.digits import by_added_tokens
-from kvd.router.tokens.folder import ModelFolder, Prepend
+from kvd.router.tokens.folder import ModelFolder
 from kvd.router.tokens.selftest import varied
 
 
 class Backend(Protocol):
-    """Ids of texts, no special tokens added; `name` goes into reports."""
+    """Ids of texts, no special tokens added; `name` goes into reports. Raises ValueError where the library fails."""
 
     name: str
 
@@ -41,8 +42,8 @@ class Reference:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._add_tokens(folder)
-        if folder.metaspace is not None:
-            self._as_llama(folder.metaspace)
+        if folder.remade is not None:
+            folder.remade.remake(self.tokenizer, folder.special_tokens.get("unk_token"))
         self.bos = folder.special_tokens.get("bos_token")
         self.bos_id = None if self.bos is None else self.tokenizer.token_to_id(self.bos)
         if folder.begins_with_bos:
@@ -50,7 +51,9 @@ class Reference:
 
     def encode(self, texts: Sequence[str], specials: bool = False) -> "list[array[int]]":
         """With `specials`, what the tokenizer puts before and after a text that is no chat is there too."""
-        return [array("I", each.ids) for each in self.tokenizer.encode_batch_fast(texts, add_special_tokens=specials)]
+        with _no_panic():
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=specials)
+        return [array("I", each.ids) for each in found]
 
     def surroundings(self) -> "tuple[array[int], array[int]] | None":
         """What stands before and after every text; None where that depends on the text."""
@@ -75,16 +78,6 @@ class Reference:
             if content not in known:
                 told[content] = {"special": True, "normalized": False}
         self.tokenizer.add_tokens([tokenizers.AddedToken(content, **flags) for content, flags in told.items()])
-
-    def _as_llama(self, prepend: Prepend) -> None:
-        """As transformers' class makes it anew; SGLang gives only a pre-tokenizer of another kind back."""
-        model = self.tokenizer.model
-        if isinstance(model, tokenizers.models.BPE):
-            model.unk_token, model.fuse_unk, model.byte_fallback, model.ignore_merges = None, True, True, False
-        self.tokenizer.normalizer = None
-        own = self.tokenizer.pre_tokenizer
-        if own is None or isinstance(own, tokenizers.pre_tokenizers.Metaspace):
-            self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend, split=False)
 
     def _begin_with_bos(self) -> None:
         wanted = self.bos_id is not None
@@ -120,7 +113,8 @@ class Fast:
             raise ValueError(f"fastokens does not take this tokenizer: {error}") from error
 
     def encode(self, texts: Sequence[str]) -> "list[array[int]]":
-        return [self._one(text) for text in texts]
+        with _no_panic():
+            return [self._one(text) for text in texts]
 
     def _one(self, text: str) -> "array[int]":
         # One by one: several at once are shared out among threads of the library's own, whose waking and spinning
@@ -128,6 +122,17 @@ class Fast:
         ids = array("I")
         ids.frombytes((self._ascii if text.isascii() else self._any)([text])[0])
         return ids
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """A panic of Rust's is no Exception: nobody catches it, so it would end the process."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"panicked: {error}") from error
 
 
 def fastest(reference: Reference) -> tuple[Backend, str]:

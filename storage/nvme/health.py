@@ -1,8 +1,8 @@
 """Whether the tier works: every call passes here, what the disk refuses is counted, and too much of it is said.
 
-What the disk refuses costs the pages concerned. When it refuses STRIKES calls in a row the call raises TierError, and
-so does the next that it refuses. Once nobody knows what is on the disk, every call raises until the tier is opened
-again.
+What the disk refuses costs the pages concerned. When it refuses STRIKES calls in a row, and all of each, the call
+raises TierError, and so does the next that it refuses. Once nobody knows what is on the disk, every call raises until
+the tier is opened again.
 """
 
 import threading
@@ -50,10 +50,9 @@ class Health:
             self.counters["io_error"] += 1
             raise TierError(f"the disk fails: {why}") from why
 
-    def judge(self, failed: int, tried: int, what: str) -> None:
-        """Count what the disk failed to do in a call. Raises when that happened in too many calls in a row."""
-        if failed:
-            self.counters[what] += failed
+    def judge(self, failed: int, tried: int) -> None:
+        """Raises when the disk did nothing of what was tried in too many calls in a row."""
+        if 0 < tried == failed:
             self.strikes += 1
             if self.strikes >= STRIKES:
                 raise TierError(f"the disk failed in {self.strikes} calls in a row", "look at the kernel's log")

@@ -166,13 +166,13 @@ class Ledger:
         unique = list(dict.fromkeys(names))
         self._forget([(n, unpack(n, v)) for n, v in zip(unique, self._catalog.values(unique), strict=True) if v])
 
-    def drop_damaged(self, suspects: Sequence[tuple[Name, bytes | None]]) -> None:
-        """Remove what was found damaged, unless the record is another one by now."""
+    def drop(self, suspects: Sequence[tuple[Name, bytes | None]], why: str) -> None:
+        """Remove what was found unusable, unless the record is another one by now."""
         now = self._catalog.values([name for name, _ in suspects])
         same = {name: value for (name, value), at in zip(suspects, now, strict=True) if value and value == at}
         self._forget([(name, unpack(name, value)) for name, value in same.items()])
         if same:
-            self._health.counters["damaged"] += len(same)
+            self._health.counters[why] += len(same)
         with self.state:
             self._left.update(dict.fromkeys(same))
 

@@ -100,10 +100,12 @@ class NvmeTier:
                 self._ledger.unpin(pinned.values())
             damaged = [at for at, value in enumerate(values) if value and not unpack(wanted[at][0], value)]
             damaged += [at for at, right in zip(pinned, answers, strict=True) if right is False]
-            if damaged:
+            refused = [at for at, right in zip(pinned, answers, strict=True) if right is None]
+            if damaged or refused:  # a bad sector stays bad: who asks again is not to wait for it again
                 with self._ledger.writing:
-                    self._ledger.drop_damaged([(wanted[at][0], values[at]) for at in damaged])
-            self._health.judge(answers.count(None), len(pinned), "read_error")
+                    self._ledger.drop([(wanted[at][0], values[at]) for at in damaged], "damaged")
+                    self._ledger.drop([(wanted[at][0], values[at]) for at in refused], "read_error")
+            self._health.judge(len(refused), len(pinned))
             found: list[Page | None] = [None] * len(wanted)
             for (at, record), right in zip(pinned.items(), answers, strict=True):
                 found[at] = record.page if right else None

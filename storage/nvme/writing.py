@@ -5,7 +5,7 @@ durable are free again.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from kvd.storage.failpoints import reach
 from kvd.storage.nvme.catalog import Record
@@ -32,7 +32,7 @@ class Sorted(NamedTuple):
 
     held: set[int]  # where in the list those are that are held already
     fresh: dict[Name, int]  # where the new ones are
-    replaced: dict[Name, Record]  # what is held under a new one's name, of other sizes
+    replaced: set[Name]  # new ones under whose name something of other sizes is held
 
 
 class Writing:
@@ -58,25 +58,28 @@ class Writing:
                 self._ledger.slots.release(entry.slot for entry in entries if entry.slot not in durable)
         written = [entry for entry in entries if entry.slot in durable]
         stored = {entry.page.name for entry in written} if written and self._publish(written, replaced) else set()
-        self._health.judge(len(entries) - len(durable), len(entries), "write_error")
+        if failed := len(entries) - len(durable):
+            self._health.counters["write_error"] += failed
+        self._health.judge(failed, len(entries))
+        still = self._still_there(pages, held)
         return [
-            at in held or (page.name in stored and fits(page, buffers)) for at, (page, buffers) in enumerate(pages)
+            at in still or (page.name in stored and fits(page, buffers)) for at, (page, buffers) in enumerate(pages)
         ]
 
     def _sort(self, pages: Pages) -> Sorted:
-        found = Sorted(set(), {}, {})
+        found = Sorted(set(), {}, set())
         records = self._ledger.records([page.name for page, _ in pages])
         for at, ((page, buffers), record) in enumerate(zip(pages, records, strict=True)):
             if not fits(page, buffers) or not self._segments.slots_of(slot_bytes_of(page)):
                 self._health.counters["wrong_size"] += 1
                 continue
-            if record and (record.page.length, record.page.shards) == (page.length, page.shards):
+            if _is(record, page):
                 found.held.add(at)
                 self._ledger.touch(record, page.kind)
                 continue
             found.fresh.setdefault(page.name, at)
             if record:
-                found.replaced[page.name] = record
+                found.replaced.add(page.name)
         return found
 
     def _place(self, pages: Pages, fresh: dict[Name, int]) -> list[Entry]:
@@ -90,8 +93,21 @@ class Writing:
             entries += [Entry(*pages[at], slot) for at, slot in zip(positions, slots, strict=False)]
         return entries
 
-    def _publish(self, entries: Sequence[Entry], replaced: dict[Name, Record]) -> bool:
+    def _publish(self, entries: Sequence[Entry], replaced: set[Name]) -> bool:
         """False: the disk is too full for the commit, and nothing changed."""
-        old = [replaced[entry.page.name].slot for entry in entries if entry.page.name in replaced]
+        # Looked up now: what was to be replaced may have left for these very entries, which may lie in its slot.
+        records = self._ledger.records([entry.page.name for entry in entries if entry.page.name in replaced])
+        old = [record.slot for record in records if record]
         victims = self._space.refill({slot_bytes_of(entry.page) for entry in entries}, old)
         return self._ledger.publish([(entry.slot, entry.page) for entry in entries], old, victims)
+
+    def _still_there(self, pages: Pages, held: set[int]) -> set[int]:
+        """Of the pages that were held: some may have left to make room for the others."""
+        asked = sorted(held)
+        records = self._ledger.records([pages[at][0].name for at in asked])
+        return {at for at, record in zip(asked, records, strict=True) if _is(record, pages[at][0])}
+
+
+def _is(record: Record | None, page: Page) -> TypeGuard[Record]:
+    """What is held is of the page's sizes."""
+    return record is not None and (record.page.length, record.page.shards) == (page.length, page.shards)

@@ -7,7 +7,7 @@ So no two nodes can each drop their copy for the sake of the other's.
 Dead are copies in a *grave* (removed up to some stamp), copies past their time, and those a younger one replaces.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, NamedTuple
@@ -44,6 +44,16 @@ class SealedFile:
     @property
     def rank(self) -> tuple[int, str]:
         return self.stamp, self.path
+
+
+def needed(graves: Mapping[Name, int], files: Iterable[SealedFile]) -> dict[Name, str]:
+    """Those graves without which a copy would count again, and the file that has one. Reads every index: seldom."""
+    found: dict[Name, str] = {}
+    for file in files:
+        for name, stamp in file.rows.stamps():
+            if stamp <= graves.get(name, -1):
+                found[name] = file.path
+    return found
 
 
 class Place(NamedTuple):
@@ -131,7 +141,7 @@ class Copies:
 
     def expire(self, cutoff: int) -> list[Name]:
         """Drop copies up to this stamp."""
-        self._cutoff = max(self._cutoff, cutoff)
+        self._cutoff = cutoff  # also an earlier one: the clock may have been set back
         gone: list[Name] = []
         for file in self.files.values():
             if file.oldest > cutoff:
@@ -142,14 +152,6 @@ class Copies:
                 if stamp <= cutoff and self._drop(name, self._at(file, i)):
                     gone.append(name)
         return gone
-
-    def needed(self, graves: Iterable[Name]) -> set[Name]:
-        """Those graves without which some file's copy would count again. Reads every index: seldom."""
-        asked = set(graves)
-        found: set[Name] = set()
-        for file in self.files.values():
-            found |= {name for name, stamp in file.rows.stamps() if name in asked and stamp <= self.graves[name]}
-        return found
 
     def check(self) -> list[str]:
         """Broken invariants, in words."""

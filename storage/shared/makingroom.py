@@ -21,9 +21,10 @@ def holdings(files: Iterable[SealedFile], shares: Mapping[str, Share]) -> Quotas
 
 
 def victims(
-    files: Iterable[SealedFile], shares: Mapping[str, Share], asker: str, incoming_bytes: int, excess_bytes: int
-) -> list[SealedFile] | None:
-    """What to delete, `excess_bytes` at least, for a file of the asker's; None when nobody may be asked for so much.
+    files: Iterable[SealedFile], shares: Mapping[str, Share], asker: str, incoming_bytes: int, excess_bytes: int,
+    excess_pages: int = 0,
+) -> list[SealedFile] | None:  # fmt: skip
+    """What to delete, the excess at least, for a file of the asker's; None when nobody may be asked for so much.
 
     First what counts for nothing, then the oldest files, whose `loser` says: tenants above their burst come first, an
     asker that would rise above its own takes from itself, and nobody falls below its reserve for another. A file that
@@ -37,8 +38,8 @@ def victims(
         if file.live_rows:
             queues.setdefault(file.tenant, deque()).append(file)
     chosen: list[SealedFile] = []
-    while excess_bytes > 0:
-        if dead:
+    while excess_bytes > 0 or excess_pages > 0:
+        if dead and excess_bytes > 0:
             file = dead.popleft()
         else:
             offers = {owner: head.newest for owner in queues if (head := _offer(queues[owner], quotas, asker))}
@@ -49,6 +50,7 @@ def victims(
             quotas.release(owner, file.size)
         chosen.append(file)
         excess_bytes -= file.size
+        excess_pages -= file.live_rows
     return chosen
 
 

@@ -5,7 +5,8 @@
 
 A node writes files in its own folder only and reads everybody's. Names are never used twice and files never change, so
 nodes need no lock, and two daemons that were given one node name by mistake do no harm. What is not named like this is
-left alone. Thread-safe; no file is read or written under the lock. Raises TierError.
+left alone. Thread-safe; no file is read or written under the lock. Raises TierError; WriteRefused where only reading
+goes on.
 """
 
 import re
@@ -22,14 +23,14 @@ from kvd.storage.shared import graves
 from kvd.storage.shared.changes import Changes
 from kvd.storage.shared.copies import Copies, SealedFile
 from kvd.storage.shared.depot import Depot, Entry
+from kvd.storage.shared.refusal import Refusal, is_refusal
 from kvd.storage.shared.sealed import Row, Unreadable, fits, lay_out
 from kvd.storage.shared.sealedreads import ABSENT, DAMAGED, GOOD, Wish, index_of, read_pages
-from kvd.storage.shared.stamps import Stamps, at
+from kvd.storage.shared.stamps import Stamps, is_ahead
 from kvd.storage.tier import Buffers, Name, News, Page, TierError
 
 _FILE: Final = re.compile(r"([\w.-]+)/([0-9a-f]{16})-[0-9a-f]{16}\.(pages|graves)\.arrow", re.ASCII)
 _TEMPORARY: Final = re.compile(r"[\w.-]+/\.[0-9a-f]{16}-[0-9a-f]{16}\.(pages|graves)\.arrow\.[0-9]+\.tmp", re.ASCII)
-_AHEAD_S: Final = 86_400.0  # whose clock is further ahead would drag all clocks along
 
 
 class SharedFiles:
@@ -42,8 +43,10 @@ class SharedFiles:
         self.sizes: dict[str, int] = {}  # of all files named like ours
         self.graves: dict[str, Mapping[Name, int]] = {}  # what each file of graves says
         self.leftovers: dict[str, int] = {}  # temporary and damaged files, with their sizes
+        self.postponed: dict[str, int] = {}  # files to be read at another time, with the pages that need room
         self.counters: Counter[str] = Counter()
-        self._max_pages = max_pages
+        self.refusal = Refusal(self.counters)
+        self.max_pages = max_pages
         self._tenants = tenants
         self._ignored: set[str] = set()
         self._stamps = Stamps()
@@ -71,10 +74,14 @@ class SharedFiles:
         """List all files; read the indexes of new ones, forget those that are gone."""
         with self.lock:
             known = set(self.sizes)  # a file of ours that is published from now on may be missing in the list
+            self._postpone_ahead()
+            due = {path for path, n in self.postponed.items() if self._has_room(n) and not path_is_ahead(path)}
+            passed = known - due | self._ignored
         with as_tier_errors():
             entries = self.depot.entries()
-            new = [entry for entry in entries if entry.path not in known and entry.path not in self._ignored]
+            new = [entry for entry in entries if entry.path not in passed]
             ours = [(entry, match) for entry in new if (match := _FILE.fullmatch(entry.path))]
+            ours.sort(key=lambda one: one[1][2], reverse=True)  # where not all can be known, the youngest are
             self.depot.settle([entry.path for entry, _ in ours])
         # Graves first, so that what is in one does not come and go.
         for kind, read in (("graves", self._read_graves), ("pages", self._read_pages)):
@@ -91,10 +98,18 @@ class SharedFiles:
                     temporary = _TEMPORARY.fullmatch(entry.path)  # others' files may end like that, and are left alone
                     self._ignore(entry, "temporary" if temporary else "foreign")
 
+    def _postpone_ahead(self) -> None:
+        """Our clock was set back: what others do not read we do not count on either."""
+        for path in [path for path in self.copies.files if path_is_ahead(path)]:
+            self.counters["future"] += 1
+            self.postponed[path] = len(self.copies.files[path].rows)
+            self.changes.left(self.copies.withdraw(path))
+
     def forget(self, path: str) -> None:
         """A file is not there any more."""
         with self.lock:
             self.sizes.pop(path, None)
+            self.postponed.pop(path, None)
             if path in self.copies.files:
                 self.changes.left(self.copies.withdraw(path))
             if self.graves.pop(path, None) is not None:
@@ -145,7 +160,7 @@ class SharedFiles:
         path = self._path(stamp, "pages")
         if not room(sheet.size):
             return False
-        with as_tier_errors():
+        with self.refusal.noticed():
             self.depot.publish(path, sheet.parts, sheet.size, sheet.direct)
         with self.lock:
             self.sizes[path] = sheet.size
@@ -158,19 +173,28 @@ class SharedFiles:
 
     def bury(self, dead: Mapping[Name, int]) -> list[Name]:
         """Make it known to all nodes that these pages are dead up to a stamp."""
-        data, path = graves.encode(dead), self._path(self.stamp(), "graves")
-        with as_tier_errors():
+        stamp = self.stamp()
+        said = {name: min(stamp, old) for name, old in dead.items()}  # some are younger when the clock was set back
+        data, path = graves.encode(said), self._path(stamp, "graves")
+        with self.refusal.noticed():
             self.depot.publish(path, [memoryview(data)], len(data), direct=False)
         with self.lock:
             self.sizes[path] = len(data)
-            self.graves[path] = dict(dead)
+            self.graves[path] = said
             return self.copies.bury(dead.items())
 
-    def delete(self, path: str) -> None:
-        """Delete a file of anybody's, and what we know of it."""
+    def delete(self, path: str) -> bool:
+        """Delete a file of anybody's, and what we know of it. False: we may not, and it stays."""
         with as_tier_errors():
-            self.depot.delete(path)
+            try:
+                self.depot.delete(path)
+            except OSError as error:
+                if not is_refusal(error):
+                    raise
+                self.counters["undeletable"] += 1
+                return False
         self.forget(path)
+        return True
 
     def _path(self, stamp: int, kind: str) -> str:
         return f"{self.node}/{stamp:016x}-{secrets.token_hex(8)}.{kind}.arrow"
@@ -196,9 +220,14 @@ class SharedFiles:
         assert match, "only what is named like ours is read"
         stamp = int(match[2], 16)
         try:
-            if stamp > at(time.time() + _AHEAD_S):
-                raise Unreadable("future")
+            if path_is_ahead(entry.path):
+                raise _Postponed("future", 0)
             add(entry, stamp)
+        except _Postponed as error:
+            with self.lock:
+                self.counters[error.reason] += entry.path not in self.postponed
+                self.postponed[entry.path] = error.pages
+                self.sizes[entry.path] = entry.size
         except Unreadable as error:
             self._ignore(entry, error.reason)
             with self.lock:
@@ -211,6 +240,7 @@ class SharedFiles:
             with self.lock:
                 self._stamps.saw(stamp)
                 self.sizes[entry.path] = entry.size
+                self.postponed.pop(entry.path, None)
 
     def _add_graves(self, entry: Entry, stamp: int) -> None:
         if entry.size > graves.MAX_BYTES:
@@ -227,9 +257,12 @@ class SharedFiles:
         with self.lock:
             if entry.path in self.copies.files:
                 return
-            if len(self.copies) + len(rows) > self._max_pages:
-                raise Unreadable("too many pages")
+            if not self._has_room(len(rows)):
+                raise _Postponed("too many pages", len(rows))
             self.changes.came(self.copies.add(SealedFile(entry.path, stamp, entry.size, rows, tenant)))
+
+    def _has_room(self, pages: int) -> bool:
+        return len(self.copies) + pages <= self.max_pages
 
     def _ignore(self, entry: Entry, reason: str) -> None:
         with self.lock:
@@ -237,6 +270,19 @@ class SharedFiles:
             self._ignored.add(entry.path)
             if reason in ("temporary", "damaged", "truncated"):
                 self.leftovers[entry.path] = entry.size
+
+
+class _Postponed(Exception):
+    """A file is not to be read now; once a clock was set, or pages have left, it is."""
+
+    def __init__(self, reason: str, pages: int) -> None:
+        super().__init__(reason)
+        self.reason, self.pages = reason, pages
+
+
+def path_is_ahead(path: str) -> bool:
+    """The file is of the future, or our clock is behind."""
+    return is_ahead(int(path.rpartition("/")[2][:16], 16), time.time())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,7 @@ from kvd.storage.shared.depot import Depot
 from kvd.storage.shared.folder import Folder
 from kvd.storage.shared.housekeeping import Housekeeping
 from kvd.storage.shared.makingroom import holdings
+from kvd.storage.shared.refusal import WriteRefused
 from kvd.storage.shared.sealed import fits
 from kvd.storage.shared.sharedfiles import SharedFiles, as_tier_errors
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
@@ -81,15 +83,21 @@ class SharedTier:
         with self._writing:
             self._check_files(offered)
             for _ in range(2):  # making room may drop what was held: those pages are here, write them again
-                with files.lock:
-                    absent = [one for name, one in offered.items() if name not in files.copies]
-                for tenant, pages_of_one in self._by_tenant(absent).items():
-                    room = partial(self._housekeeping.make_room, tenant)
-                    for part in _parts(pages_of_one, self._file_bytes):
-                        files.store(part, None, tenant, room)
+                with suppress(WriteRefused):
+                    self._store_absent(offered)
             with files.lock:
                 files.changes.knows(name for name in offered if name in files.copies)
                 return [ok and page.name in files.copies for (page, _), ok in zip(pages, good, strict=True)]
+
+    def _store_absent(self, offered: Mapping[Name, tuple[Page, Buffers]]) -> None:
+        """What is in no file yet, while writing is of use."""
+        files = self._files
+        with files.lock:
+            absent = [one for name, one in offered.items() if name not in files.copies]
+        for tenant, pages_of_one in self._by_tenant(absent).items():
+            for part in _parts(pages_of_one, self._file_bytes):
+                if not files.refusal.lasts:
+                    files.store(part, None, tenant, partial(self._housekeeping.make_room, tenant, len(part)))
 
     def find(self, names: Sequence[Name]) -> list[Page | None]:
         with self._files.lock:

@@ -8,7 +8,7 @@ _BEHIND = 1024  # pages that wait to be written: some seconds of a fast disk
 
 # What a tier says of its trouble -> what to do. The first part that occurs in it decides.
 _REMEDIES: tuple[tuple[str, str], ...] = (
-    ("opening", "wait a few seconds: it reads its catalog"),
+    ("opening", "wait: it reads its catalog, kvd serves from RAM meanwhile; after minutes, look at dmesg"),
     ("silent", "its disk does not answer: look at dmesg; kvd tries again by itself and serves from RAM meanwhile"),
     ("nothing is mounted", "mount the disk; kvd looks again by itself within half a minute"),
     (
@@ -22,6 +22,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("ermission", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
     ("ead-only", "give the user of kvd the folder (in the unit: ReadWritePaths=), then restart kvd"),
 )
+# Counters of a shared tier that reads and does not write.
+_READ_ONLY = {"no_permission": "kvd may not write there", "read_only": "the file system is read-only"}
 _ELSE = "look at dmesg and at the disk; kvd tries again by itself and serves from RAM meanwhile"
 
 
@@ -32,12 +34,16 @@ def tiers(status: wire.Status) -> list[Finding]:
 
 def _tier(tier: wire.TierStatus) -> Finding:
     if tier.trouble:
-        level: Level = "yellow" if tier.trouble == "opening" else "red"
+        level: Level = "yellow" if tier.trouble.startswith("opening") else "red"
         remedy = next((remedy for part, remedy in _REMEDIES if part in tier.trouble), _ELSE)
         return Finding(tier.name, level, f"it does not work: {printable(tier.trouble)}", remedy)
     if damaged := tier.counters.get("damaged", 0):
         message = f"{damaged} damaged pages were found and dropped since it was opened"
         return Finding(tier.name, "yellow", message, "if the count grows the disk is failing: look at its SMART data")
+    for reason, what in _READ_ONLY.items():
+        if tier.counters.get(reason, 0):
+            message = f"nothing new is written: {what}; what it has is still read"
+            return Finding(tier.name, "yellow", message, "give the user of kvd that right; kvd tries again by itself")
     if tier.counters.get("disk_full", 0):
         message = f"its disk had no room for more than {size(tier.bytes_total)}; older pages leave for new ones"
         return Finding(tier.name, "yellow", message, "make room on the disk, or lower the tier's size_bytes")

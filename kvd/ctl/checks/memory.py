@@ -93,5 +93,10 @@ def damage(status: wire.Status) -> list[Finding]:
 
 def warnings(status: wire.Status) -> list[Finding]:
     """Whatever else the daemon itself warns of."""
-    remedy = "correct that setting in /etc/kvd/kvd.toml and restart kvd"
-    return [Finding("warning", "yellow", text, remedy) for text in status.warnings if "memlock" not in text]
+    settings = "correct that setting in /etc/kvd/kvd.toml and restart kvd"
+    limit = "in the unit (`systemctl edit kvd`), and restart kvd; or connect fewer programs"
+    return [
+        Finding("warning", "yellow", text, limit if "LimitNOFILE" in text else settings)
+        for text in status.warnings
+        if "memlock" not in text
+    ]
