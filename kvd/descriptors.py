@@ -6,6 +6,7 @@ connections have to be refused before.
 
 import os
 import resource
+from contextlib import suppress
 
 _RESERVE = 64  # or an eighth of the limit: for what comes before the next look, and for our own files
 
@@ -14,7 +15,8 @@ def raise_limit() -> None:
     """From now on as many as may be had without privileges."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(ValueError, OSError):  # more than this kernel gives anybody (fs.nr_open): as it is, then
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def shortage() -> str:

@@ -104,7 +104,9 @@ class LeastBusy:
         awake = _awake(others, now)
         if asked.tried or not asked.request.routed:
             if not awake:
-                raise self._busy("no other worker can be reached", 1.0)
+                if not others and not asked.tried:
+                    raise self._busy("there is no worker", 1.0)
+                raise self._busy(f"no {'other ' * bool(asked.tried)}worker can be reached", 1.0)
             return self._take(awake, asked, now)
         free = [load for load in awake if load.requests < self._most_each]
         if free and not self._queue:

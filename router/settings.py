@@ -5,6 +5,7 @@ Read, later ones winning: defaults, a TOML file (`--config`, else /etc/kvd/route
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from kvd.settingsfile import ROUTER, described, load, read, read_toml
 DEFAULT_FILE = Path("/etc/kvd/router.toml")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 MIB = 1 << 20
-_KEY = re.compile(rb"[\x21-\x7e]+")
+KEY = re.compile(rb"[\x21-\x7e]+")
 _ENDPOINT = re.compile(r"tcp://[^\s/]+:[1-9]\d{0,4}|ipc:///\S+")
 
 
@@ -92,6 +93,12 @@ class TenantSettings(BaseModel):
     keys_file: Path | None = Field(None, description="TOML, one [NAME] per tenant; unset: no key is needed")
     secret_file: Path | None = Field(None, description="what tenants' salts are made of; the same for all routers")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "TenantSettings":
+        if self.secret_file is not None and self.keys_file is None:  # who set it does not want it open to everybody
+            raise ValueError("secret_file without keys_file: no key would be needed, set both or neither")
+        return self
+
 
 class NodeSettings(BaseModel):
     """A node whose kvd tells what its workers and its own tiers hold: its `events` settings."""
@@ -156,16 +163,16 @@ class RouterSettings(BaseSettings):
     @field_validator("workers")
     @classmethod
     def _are_urls(cls, workers: list[str]) -> list[str]:
-        if len({worker_at(url).name for url in workers}) < len(workers):
-            raise ValueError("a worker is there twice")
+        if twice := _twice([worker_at(url).name for url in workers]):
+            raise ValueError(f"{twice} is there twice")
         return workers
 
     @model_validator(mode="after")
     def _has_workers(self) -> "RouterSettings":
         if not self.workers and not (self.nodes and self.join_announced):
             raise ValueError('workers: at least one is needed, for instance ["http://127.0.0.1:30000"], or nodes')
-        if len({node.events for node in self.nodes}) < len(self.nodes):
-            raise ValueError("nodes: one is there twice")
+        if twice := _twice([node.events for node in self.nodes]):
+            raise ValueError(f"nodes: {twice} is there twice")
         return self
 
     def read_workers(self) -> dict[str, Worker]:
@@ -186,10 +193,10 @@ class RouterSettings(BaseSettings):
 
     def read_tenants(self) -> Tenants:
         """From the files. Raises SettingsError."""
-        secret = read(self.tenants.secret_file).strip() if self.tenants.secret_file else b""
+        secret = read(self.tenants.secret_file, "tenants.secret_file").strip() if self.tenants.secret_file else b""
         if self.tenants.keys_file is None:
             return Tenants([], secret)
-        sections = read_toml(self.tenants.keys_file)
+        sections = read_toml(self.tenants.keys_file, "tenants.keys_file")
         if not sections:
             raise SettingsError(f"{self.tenants.keys_file} names no tenant", "then nobody could use the router")
         return Tenants.read(sections, secret)
@@ -198,13 +205,18 @@ class RouterSettings(BaseSettings):
         """From the file. Raises SettingsError."""
         if self.worker_key_file is None:
             return None
-        key = read(self.worker_key_file).rstrip(b"\r\n")
-        if not _KEY.fullmatch(key):  # it goes into a header as it is: a second line would be a header of its own
+        key = read(self.worker_key_file, "worker_key_file").rstrip(b"\r\n")
+        if not KEY.fullmatch(key):  # it goes into a header as it is: a second line would be a header of its own
             raise SettingsError(
                 f"worker_key_file {self.worker_key_file} does not hold one API key",
                 "write the workers' --api-key there, alone on one line: ASCII, no spaces; or unset worker_key_file",
             )
         return key
+
+
+def _twice(names: list[str]) -> str:
+    """Those that are there more than once."""
+    return ", ".join(name for name, times in Counter(names).items() if times > 1)
 
 
 def load_router_settings(file: Path | None, environ: Mapping[str, str], given: Mapping[str, Any]) -> RouterSettings:

@@ -53,6 +53,12 @@ class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared: bool = False
 
 
+_FIELDS: Final = (
+    'a tenant is [NAME] with sha256 = ["..."], and where wanted weight = 1.0, priority = 0, '
+    "admin = true, shared = true: docs/router.md has an example"
+)
+
+
 def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -74,8 +80,11 @@ class Tenants:
         for name, section in sections.items():
             try:
                 entry = msgspec.convert(section, KeyFile)
+            except msgspec.ValidationError as error:
+                raise SettingsError(f"keys of tenant {name}: {error}", _FIELDS) from error
+            try:
                 digests = [bytes.fromhex(text) for text in entry.sha256]
-            except (msgspec.ValidationError, ValueError) as error:
+            except ValueError as error:
                 raise SettingsError(f"keys of tenant {name}: {error}", "see kvd-router --hash-key") from error
             if any(len(one) != hashlib.sha256().digest_size for one in digests) or not digests:
                 raise SettingsError(f"keys of tenant {name}: sha256 needs 64 digits each", "see kvd-router --hash-key")
@@ -92,8 +101,10 @@ class Tenants:
             raise SettingsError("a key belongs to two tenants", "give each tenant keys of its own")
         if any(not tenant.shared for _, tenant in known) and len(secret) < _MIN_KEY_BYTES:
             raise SettingsError(
-                f"tenants are kept apart by a secret of at least {_MIN_KEY_BYTES} bytes",
-                "set tenants.secret_file, or shared = true for each tenant",
+                f"tenants.secret_file holds {len(secret)} bytes, of the {_MIN_KEY_BYTES} that keep tenants apart"
+                if secret
+                else f"tenants are kept apart by a secret of at least {_MIN_KEY_BYTES} bytes",
+                "set tenants.secret_file (openssl rand -hex 32 makes what is in it), or shared = true for each tenant",
             )
         return cls(known, secret)
 

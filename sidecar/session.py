@@ -140,6 +140,7 @@ class Session:
                 self.attachment = None
                 attachment.link.close()
                 attachment.channels.close()
+                del attachment  # and with it, unless a call still has it, the memory of a kvd that is gone
             lasted = time.monotonic() - began >= _LASTED_S
             wait_s = _BACKOFF_S[0] if lasted else min(2 * wait_s, _BACKOFF_S[1])
             if not lasted:

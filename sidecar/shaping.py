@@ -52,6 +52,7 @@ _ENVIRONMENT: Final = (
 )  # fmt: skip
 _DEFAULTS: Final = {
     "kt_method": "AMXINT4", "flashinfer_mxfp4_moe_precision": "default", "json_model_override_args": "{}",
+    "mamba_ssm_dtype": "float32",  # until 0.5.22; a pool of other numbers has pages of another size
 }  # fmt: skip
 # Unset, SGLang decides: off is something else.
 DECIDED: Final = (
@@ -104,7 +105,7 @@ def _counted(arguments: Any, names: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         value = getattr(arguments, name, None)
         off = value is False and name not in DECIDED
-        if not (value is None or off or value in ("", "auto", _DEFAULTS.get(name))):
+        if not (off or value in (None, "", "auto", {}, [], _DEFAULTS.get(name))):
             found[name] = _content(value) or json.dumps(value, sort_keys=True, default=str)
     return found
 

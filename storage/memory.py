@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from kvd.errors import AlreadyRunning, SettingsError
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 MADV_DONTDUMP = 16
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_LET_GO_S = 5.0  # workers whose kvd is gone let go of its memory
 _libc = ctypes.CDLL(None, use_errno=True)  # a CDLL call releases the GIL, mmap.madvise does not
 
 
@@ -70,20 +72,22 @@ def open_file(path: Path, size: int) -> ArenaMemory:
 
     Raises AlreadyRunning when another daemon has it, SettingsError when the file system is too small.
     """
-    lock_fd = _own(path, size)
+    lock_fd, replaced = _own(path, size)
     # The lock is on a descriptor that nobody else gets. It belongs to what `open` returned: workers and tiers are
     # handed `fd`, and would keep a lock on that one when we are dead.
     fd = os.open(f"/proc/self/fd/{lock_fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         os.ftruncate(fd, size)  # it has this size, or none
-        room = os.fstatvfs(fd)
+        until = time.monotonic() + (_LET_GO_S if replaced else 0.0)
         missing = size - os.fstat(fd).st_blocks * 512
-        if missing > room.f_bavail * room.f_frsize:
-            # Writing a hole that cannot be backed is SIGBUS: find out now.
-            raise SettingsError(
-                f"{path.parent} has {room.f_bavail * room.f_frsize >> 20} MiB left, the arena needs {missing >> 20}",
-                "lower arena.size_bytes, or enlarge that tmpfs",
-            )
+        # Writing a hole that cannot be backed is SIGBUS: find out now.
+        while missing > (room := _free_bytes(fd)):
+            if time.monotonic() >= until:
+                raise SettingsError(
+                    f"{path.parent} has {room >> 20} MiB left, the arena needs {missing >> 20}",
+                    "lower arena.size_bytes, enlarge that tmpfs, or stop who still has an old arena mapped",
+                )
+            time.sleep(0.1)
     except BaseException:
         path.unlink(missing_ok=True)
         os.close(fd)
@@ -94,8 +98,10 @@ def open_file(path: Path, size: int) -> ArenaMemory:
     return memory
 
 
-def _own(path: Path, size: int) -> int:
-    """A descriptor that keeps other daemons away from the file, which is empty or of this size, until it is closed."""
+def _own(path: Path, size: int) -> tuple[int, bool]:
+    """A descriptor that keeps other daemons away from the file, which is empty or of this size, until it is closed;
+    and whether one of another size was there."""
+    replaced = False
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -107,8 +113,9 @@ def _own(path: Path, size: int) -> int:
             _lock(fd, path)
             if _is_named(fd, path):  # else its owner has just removed it
                 if os.fstat(fd).st_size in (0, size):
-                    return fd
+                    return fd, replaced
                 path.unlink()  # who has it mapped keeps it
+                replaced = True
         except BaseException:
             os.close(fd)
             raise
@@ -125,6 +132,11 @@ def _lock(fd: int, path: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise AlreadyRunning(f"another kvd uses {path}", "stop it, or choose another arena.path") from error
+
+
+def _free_bytes(fd: int) -> int:
+    room = os.fstatvfs(fd)
+    return room.f_bavail * room.f_frsize
 
 
 def _is_named(fd: int, path: Path) -> bool:

@@ -94,13 +94,15 @@ class Served:
 class Router(Served):
     """A real `kvd-router` process. `stop` checks that it ended well."""
 
-    def __init__(self, folder: Path, *workers: str, port: int = 0, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, *workers: str, port: int = 0, take_over: bool = False, **settings: object
+    ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"router-{self.port}-{os.urandom(3).hex()}.log"
         env = {name: value for name, value in os.environ.items() if not name.startswith("KVD_")}
         env |= {f"KVD_ROUTER_{name.upper()}": str(value) for name, value in settings.items()}
-        arguments = [word for worker in workers for word in ("--worker", worker)]
+        arguments = [word for worker in workers for word in ("--worker", worker)] + ["--take-over"] * take_over
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "kvd.router.main", "--port", str(self.port), *arguments],

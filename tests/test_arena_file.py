@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import MIB, Daemon, PluginProcess, reattached, span
+from tests.harness import MIB, Daemon, PluginProcess, eventually, reattached, span
 
 _HOLDER = """
 import sys
@@ -63,6 +63,18 @@ def test_another_size_after_a_crash_takes_no_memory_from_those_who_have_it_mappe
         worker.do("put", keys=span(3))
         assert worker.do("take", keys=span(3)) == ["right"] * 3
     assert daemon.faults() == []
+
+
+def test_a_worker_lets_go_of_the_arena_of_a_kvd_that_is_gone(tmp_path: Path) -> None:
+    """Else there would be no room for one of another size."""
+    arena = tmp_path / "arena"
+    with Daemon(tmp_path / "run", arena__path=arena) as daemon, PluginProcess(daemon.socket) as worker:
+        assert worker.do("wait")
+        worker.do("put", keys=span(9))
+        maps = Path(f"/proc/{worker.process.pid}/maps")
+        assert str(arena) in maps.read_text()
+        daemon.kill()
+        eventually(lambda: str(arena) not in maps.read_text(), 10, "it is not mapped any more")
 
 
 def test_a_second_kvd_with_the_same_arena_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from kvd import __version__
 from kvd.ctl.router.link import RouterLink
+from kvd.ctl.router.overhttp import exchange
 from kvd.errors import DeadlineMissed, KvdError, PeerError, Refused
 from kvd.router.pages import replies
 from kvd.router.tenants import digest
@@ -172,6 +173,33 @@ def test_workers_come_and_go_in_every_process_of_a_router() -> None:
         assert json.loads(on(told, "explain", "--requests", "--json").stdout)["total"] == 18
 
 
+def change(told: ToldRouter, what: str, worker: str) -> None:
+    """In whichever process the connection meets."""
+    exchange(told.url, "POST", f"/kvd/workers/{what}", json.dumps({"worker": worker}).encode(), "", 3.0)
+
+
+def test_a_worker_that_has_drained_in_some_processes_is_drained_or_removed_in_the_others() -> None:
+    with ToldRouter(processes=3) as told:
+        change(told, "remove", A)  # as one that had nothing left to answer there
+        drained = on(told, "worker", "drain", A)
+        assert (drained.returncode, drained.stderr) == (0, "")
+        removed = on(told, "worker", "remove", A)
+        assert (removed.returncode, removed.stderr) == (0, "")
+        assert A not in [one["name"] for one in json.loads(on(told, "worker", "list", "--json").stdout)["workers"]]
+        again = on(told, "worker", "remove", A)
+        assert (again.returncode, f"there is no worker {A}" in again.stderr) == (1, True)
+
+
+def test_where_some_processes_cannot_add_a_worker_it_is_said_that_others_did() -> None:
+    with ToldRouter(processes=3) as told:
+        change(told, "add", NEW)
+        ran = on(told, "worker", "add", NEW)
+        assert (ran.returncode, f"{NEW} is there already" in ran.stderr) == (1, True)
+        assert "others of its processes did it" in ran.stderr
+        after = on(told, "worker", "add", NEW)
+        assert (after.returncode, "others of its" in after.stderr) == (1, False), "each was told"
+
+
 def test_worker_list_says_what_is_missing(told: ToldRouter) -> None:
     said = on(told, "worker", "list").stdout
     assert "message 2 of the chat canary, at token 17 -> give the router its model folder" in said
@@ -183,8 +211,9 @@ def test_a_real_router_of_two_processes_by_load(tmp_path: Path) -> None:
         assert [one["name"] for one in document["workers"]] == [worker.url]
         assert document["policy"] == "kvd"
         assert "decided nothing yet" in kvdctl("explain", "--requests", "--router", router.url).stdout
-        assert "no engine has said" in kvdctl("top", "--once", "--router", f"127.0.0.1:{router.port}").stdout
-        assert kvdctl("worker", "add", NEW, "--router", router.url).stdout == f"{NEW} joins.\n"
+        assert "--enable-cache-report" in kvdctl("top", "--once", "--router", f"127.0.0.1:{router.port}").stdout
+        added = kvdctl("worker", "add", NEW.removeprefix("http://"), "--router", router.url)
+        assert added.stdout == f"{NEW} joins.\n"
         refused = kvdctl("worker", "drain", B, "--router", router.url)
         assert (refused.returncode, B in refused.stderr) == (1, True)
 
@@ -219,14 +248,15 @@ def test_a_worker_a_silent_host_and_nonsense_are_no_router() -> None:
 
 
 @contextmanager
-def saying(**answers: object) -> Iterator[str]:
-    """The URL of what answers with these at the pages of these names, JSON or bytes, and with {} at any other."""
+def saying(**answers: dict[str, object] | bytes | int) -> Iterator[str]:
+    """The URL of what answers with these at the pages of these names, bytes or what a router's process
+    1 would say, which says nothing at any other."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             said = answers.get(self.path.partition("?")[0].removeprefix("/kvd/"), {})
-            body = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(int(answers.get("status", 200)))  # type: ignore[call-overload]
+            body = json.dumps({"pid": 1} | said).encode() if isinstance(said, dict) else bytes(said)
+            self.send_response(int(answers.get("status", 200)))  # type: ignore[arg-type]
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -292,15 +322,47 @@ def test_a_decision_without_candidates_is_listed() -> None:
     assert ran.stdout.splitlines()[1].split()[2:6] == ["r", "5", A, "-"]
 
 
+def test_any_json_is_not_a_router(tmp_path: Path) -> None:
+    with saying(workers=b"{}", ledger=b"{}") as url:
+        ran = kvdctl("top", "--once", "--router", url)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "is no kvd-router (check the URL" in ran.stderr
+
+
+def test_a_few_requests_a_minute_are_not_none_and_one_is_no_plural() -> None:
+    recent = {"within_s": 60.0, "requests": 2}
+    worker = {"name": A, "state": "serving", "credit": True, "recent": recent}
+    made = {"request": "r", "age_s": 1.0, "policy": "p", "tokens": 5, "worker": A, "why": "y", "ranked": []}
+    decided: dict[str, object] = {"decisions": [made | {"candidates": 1}], "total": 1, "kept": 1}
+    with saying(workers={"policy": "kvd", "workers": [worker], "waiting": 1}, decisions=decided) as url:
+        top = kvdctl("top", "--once", KVD_ROUTER_URL=url).stdout
+        assert "1 request in its queue" in top
+        assert top.splitlines()[-1].split()[5] == "0.033"
+        assert "policy p, 1 candidate)" in kvdctl("explain", "r", KVD_ROUTER_URL=url).stdout
+
+
+def test_the_remedy_for_want_of_credit_is_not_shown_for_a_worker_that_is_unhealthy() -> None:
+    worker = {"name": A, "state": "unhealthy", "credit": False, "why": "no node tells of it", "remedy": "name it"}
+    with saying(workers={"policy": "kvd", "workers": [worker | {"health": "its /health says 503"}]}) as url:
+        line = kvdctl("worker", "list", KVD_ROUTER_URL=url).stdout.splitlines()[-1]
+    assert line.endswith("its /health says 503")
+
+
 def test_a_key_is_taken_from_the_environment_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text(
         f'[root]\nsha256 = ["{digest(b"secret").hex()}"]\nadmin = true\nshared = true\n'
+        f'[alice]\nsha256 = ["{digest(b"hers").hex()}"]\nshared = true\n'
     )
     (tmp_path / "key").write_text("secret\n")
     with MockWorker() as worker, Router(tmp_path, worker.url, tenants__keys_file=tmp_path / "keys.toml") as router:
         asking = ("worker", "list", "--router", router.url)
         refused = kvdctl(*asking)
         assert (refused.returncode, "KVD_ROUTER_KEY, or --key-file" in refused.stderr) == (1, True)
+        unknown = kvdctl(*asking, KVD_ROUTER_KEY="wrong").stderr
+        assert "does not know the API key that was given (give an administrator's key: KVD_ROUTER_KEY" in unknown
+        hers = kvdctl(*asking, KVD_ROUTER_KEY="hers")
+        assert (hers.returncode, "is for administrators" in hers.stderr) == (1, True)
+        assert "give an administrator's key: KVD_ROUTER_KEY" in hers.stderr
         assert kvdctl(*asking, KVD_ROUTER_KEY="secret").returncode == 0
         assert kvdctl(*asking, "--key-file", str(tmp_path / "key"), KVD_ROUTER_KEY="wrong").returncode == 0
         missing = kvdctl(*asking, "--key-file", str(tmp_path / "none"))

@@ -1,6 +1,7 @@
 """kvdctl doctor of a router: every state has its colour and its remedy; several processes are shown as one."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 
 from kvd import __version__
 from kvd.ctl.checks import routing
+from kvd.ctl.checks.finding import Finding, within
 from kvd.ctl.router import summed
+from kvd.errors import Refused
 from kvd.router.pages import replies
-from tests.kvdctl import kvdctl, of
+from tests.harness import Daemon
+from tests.kvdctl import kvdctl, of, on
 from tests.router_harness import ToldRouter, free_port
 from tests.told_router import C
 
@@ -42,6 +46,33 @@ def test_doctor_looks_at_a_router_where_one_is_named(told: ToldRouter, tmp_path:
     assert (gone["level"], "start it with `kvd-router`" in gone["remedy"]) == ("red", True)
 
 
+def test_a_machine_without_kvd_is_well_for_who_came_to_look_at_a_router(told: ToldRouter, tmp_path: Path) -> None:
+    if not (os.geteuid() == 0 and not Path("/run/kvd").exists()):
+        pytest.skip("this machine may have a kvd of its own")
+    ran = kvdctl("doctor", "--json", "--router", told.url)
+    daemon, *found = json.loads(ran.stdout)["checks"]
+    assert ran.returncode == 1, "of the worker without credit"
+    assert (daemon["check"], daemon["level"], len(of(found, "router"))) == ("daemon", "green", len(found))
+    gone = kvdctl("doctor", "--router", f"http://127.0.0.1:{free_port()}")
+    assert gone.returncode == 3
+    assert kvdctl("doctor", KVD_ROUTER_URL=told.url).returncode == 3, "a variable says nothing of why one came"
+    named = kvdctl("doctor", "--router", told.url, "--socket", str(tmp_path / "kvd.sock"))
+    assert named.returncode == 3
+
+
+def test_of_a_named_router_that_does_not_answer_the_status_is_3_also_beside_a_kvd(shared: Daemon) -> None:
+    gone = on(shared, "doctor", "--router", f"http://127.0.0.1:{free_port()}")
+    assert (gone.returncode, "no router at" in gone.stdout) == (3, True)
+
+
+def test_a_failed_check_of_a_router_points_to_the_routers_log(tmp_path: Path) -> None:
+    def refused() -> list[Finding]:
+        raise Refused("no")
+
+    (finding,) = within(1.0, routing.CHECK, refused, unit="kvd-router")
+    assert finding.remedy == "look at `journalctl -u kvd-router`"
+
+
 def said(*workers: replies.Worker, policy: str = "kvd", version: str = __version__) -> replies.Workers:
     return replies.Workers(policy=policy, workers=list(workers), version=version)
 
@@ -58,6 +89,9 @@ def test_every_state_of_a_worker_has_its_colour_and_its_remedy() -> None:
     ]  # fmt: skip
     (finding,) = routing.each_worker(said(replies.Worker("a", "unhealthy", credit=True, health="it says 503")))
     assert finding.message == "a is unhealthy: it says 503"
+    both = replies.Worker("a", "unhealthy", credit=False, why="no node", remedy="name it", health="it says 503")
+    (finding,) = routing.each_worker(said(both))
+    assert (finding.message, "name it" in finding.remedy) == ("a is unhealthy: it says 503", False)
     inexact = replies.Worker("a", "serving", credit=False, why="node-1 is not known exactly", remedy="look at its kvd")
     (finding,) = routing.each_worker(said(inexact))
     assert (finding.level, finding.remedy) == ("red", "look at its kvd")

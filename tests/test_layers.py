@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("sidecar", "router", "planner", "storage")
 PURE = (
-    "kvd.sglang_events", "kvd.brief", "kvd.wire.stream", "kvd.daemon.mirror", "kvd.daemon.stream",
+    "kvd.sglang_events", "kvd.ctl.table", "kvd.brief", "kvd.wire.stream", "kvd.daemon.mirror", "kvd.daemon.stream",
     "kvd.daemon.holdings", "kvd.router.view", "kvd.router.numbering", "kvd.router.matching",
     "kvd.pages", "kvd.places", "kvd.daemon.leases", "kvd.daemon.residency", "kvd.daemon.sessions", "kvd.daemon.node",
     "kvd.daemon.space", "kvd.daemon.partials", "kvd.daemon.requests", "kvd.daemon.recovery", "kvd.daemon.labels",

@@ -236,6 +236,18 @@ def test_one_bad_sector_under_a_page_that_all_want_does_not_take_the_tier_down(t
             assert get(tier, *samples) == [*samples[:3], None, *samples[4:]]
 
 
+def test_a_bad_sector_on_a_disk_too_full_to_forget_it_costs_its_page_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = fill(tmp_path, 6)
+    with reopened(tmp_path) as tier:
+        bad = next(record for record in tier._ledger.records([samples[3].page.name]) if record).slot
+        monkeypatch.setattr(tier._catalog, "commit", lambda *_: False)  # as it says of a full disk
+        with a_bad_sector(bad):
+            for _ in range(2 * STRIKES):
+                assert get(tier, *samples) == [*samples[:3], None, *samples[4:]]
+
+
 def test_calls_in_which_some_of_it_worked_do_not_take_the_tier_down(tmp_path: Path) -> None:
     with reopened(tmp_path) as tier:
         for n in range(STRIKES + 1):

@@ -40,7 +40,17 @@ def worker(model: Path) -> Iterator[Publishing]:
         yield found
 
 
-def test_blocks_count_while_the_nodes_stream_is_exact(worker: Publishing) -> None:
+def changes(caplog: pytest.LogCaptureFixture, at: NodeAt) -> list[str]:
+    """What the log says of this node, line by line."""
+    said = [line for line in caplog.messages if line.startswith(f"node {at.events}: ")]
+    return ["not" if "does not count" in line and "kvdctl doctor" in line else "exact" for line in said]
+
+
+def test_blocks_count_while_the_nodes_stream_is_exact(
+    worker: Publishing, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "kvd.router")
+    monkeypatch.setattr(nodes, "SILENT_S", 0.2)
     worker.events.do("store", 11, 12, 13)
     with node(worker.url) as (kvd, at), World(worker.url, nodes=[at]) as world:
         world.until(lambda: world.has([11, 12, 99]) == {worker.url: (8, 0, 0, 0, 0)})
@@ -55,9 +65,13 @@ def test_blocks_count_while_the_nodes_stream_is_exact(worker: Publishing) -> Non
         view = world.view(worker.url)
         assert (view.credit, view.state) == (False, "serving")
         assert "connection broke" in view.why
+        assert at.events in view.remedy
+        assert "kvdctl doctor" in view.remedy
+        world.until(lambda: changes(caplog, at) == ["exact", "not"])
         assert world.fleet.describe()[f'node_exact{{node="{at.events}"}}'] == 0
         kvd.start()
         world.until(lambda: world.has([11, 12, 13]) == {worker.url: (8, 0, 0, 0, 0)})
+        assert changes(caplog, at) == ["exact", "not", "exact"]
 
 
 def test_credit_is_not_said_before_requests_get_it(worker: Publishing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +315,10 @@ def test_a_node_that_is_not_there_harms_nobody(worker: Publishing, tmp_path: Pat
     with node(worker.url) as (_, at), World(worker.url, nodes=[nowhere, at]) as world:
         worker.events.do("store", 11)
         world.until(lambda: world.has([11]) == {worker.url: (4, 0, 0, 0, 0)})
+
+
+def test_who_may_be_told_of_by_a_node_that_is_not_heard_is_told_which(worker: Publishing, tmp_path: Path) -> None:
+    nowhere = NodeAt(f"ipc://{tmp_path}/no", f"ipc://{tmp_path}/no.replay")
+    with World(worker.url, nodes=[nowhere]) as world:
+        world.until(lambda: world.view(worker.url).why == "no node tells of its blocks")
+        assert nowhere.events in world.view(worker.url).remedy

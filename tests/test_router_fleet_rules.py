@@ -52,6 +52,14 @@ def test_what_is_not_certain_is_not_linked_and_says_why(stated: dict[str, Stated
         assert why in link.why
 
 
+def test_who_started_anew_is_not_sent_to_name_what_is_named_already() -> None:
+    node = "tcp://10.0.0.1:5600"
+    found = links({"http://10.0.0.1:1": Stated("new", 16), ONE: Stated("other", 16)}, {node: [source("old")]})
+    assert found["http://10.0.0.1:1"].why == "its node knows another start of it"
+    assert node in found["http://10.0.0.1:1"].remedy
+    assert found[ONE].why == "no node tells of its blocks"
+
+
 def test_one_rank_that_names_blocks_otherwise_is_enough() -> None:
     ranks = [source("x"), replace(source("x"), rank=1, strange=True), replace(source("x"), rank=2)]
     assert "name blocks otherwise" in links({ONE: Stated("x", 16)}, {"n": ranks})[ONE].why

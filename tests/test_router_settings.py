@@ -45,6 +45,54 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, names: st
     assert caught.value.hint
 
 
+def test_all_that_is_wrong_is_said_at_once_and_in_our_words(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(
+        "workers = ['http://a:1', 'http://b:1', 'http://b:1']\nprot = 5\nclients = 5\ndrain_s = 'long'\n"
+        "[listen]\nport = 'x'\nprocesses = 0\n[limts]\nhead_s = 1\n[routing]\npolicy = 'foo'\n[queue]\nsecond = 1"
+        "\n[tenants]\nsecret_file = '/x'\n[[nodes]]\nreplay = 'tcp://a:1'"
+    )
+    with pytest.raises(SettingsError) as caught:
+        load_router_settings(file, {}, {})
+    said = caught.value.message.split("; ")
+    assert [line for line in said if not line.startswith("routing.policy: must be")] == [
+        "workers: http://b:1 is there twice",
+        "nodes.0.events: it is needed",
+        "listen.port: must be a whole number, not 'x'",
+        "listen.processes: must be greater than or equal to 1, not 0",
+        "queue.second: no such setting, did you mean queue.seconds?",
+        "tenants: secret_file without keys_file: no key would be needed, set both or neither",
+        "drain_s: must be a number, not 'long'",
+        "prot: no such setting",
+        "clients: no such setting, did you mean listen.clients?",
+        "limts: no such setting, did you mean limits?",
+    ]
+    assert any(line.startswith("routing.policy: must be ") and line.endswith(", not 'foo'") for line in said)
+    assert caught.value.hint == f"correct them in {file} or the environment"
+
+
+def test_what_a_variable_gets_wrong_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text(WORKERS + "drain_s = -1")
+    monkeypatch.setenv("KVD_ROUTER_LISTEN__PORT", "x")
+    with pytest.raises(SettingsError) as caught:
+        load_router_settings(file, {"KVD_ROUTER_LISTEN__PORT": "x"}, {})
+    assert caught.value.message == (
+        "KVD_ROUTER_LISTEN__PORT: must be a whole number, not 'x'; drain_s: must be greater than or equal to 0, not -1"
+    )
+
+
+@pytest.mark.parametrize("setting", ["tenants.keys_file", "tenants.secret_file", "worker_key_file"])
+def test_a_file_that_cannot_be_read_is_named_with_its_setting(tmp_path: Path, setting: str) -> None:
+    section, _, name = setting.rpartition(".")
+    (tmp_path / "keys.toml").write_text("[a]\nsha256 = []")
+    keys = f"keys_file = '{tmp_path}/keys.toml'\n" if name == "secret_file" else ""
+    (tmp_path / "router.toml").write_text(f"{WORKERS}{f'[{section}]' * bool(section)}\n{keys}{name} = '/nope'")
+    settings = load_router_settings(tmp_path / "router.toml", {}, {})
+    with pytest.raises(SettingsError, match=f"^{re.escape(setting)}: cannot read /nope"):
+        settings.read_worker_key() if name == "worker_key_file" else settings.read_tenants()
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -108,8 +156,8 @@ def test_a_list_in_a_variable_that_is_not_json_is_named_with_the_remedy(monkeypa
     monkeypatch.setenv("KVD_ROUTER_WORKERS", "http://a:1")
     with pytest.raises(SettingsError) as caught:
         load_router_settings(None, {"KVD_ROUTER_WORKERS": "http://a:1"}, {})
-    assert "workers" in str(caught.value)
-    assert "JSON" in caught.value.hint
+    assert caught.value.message == "KVD_ROUTER_WORKERS: a list is given as JSON"
+    assert "KVD_ROUTER_WORKERS='[" in caught.value.hint
 
 
 def test_how_kvdctl_finds_the_router_is_no_setting_of_it(tmp_path: Path) -> None:
@@ -153,6 +201,22 @@ def test_no_key_has_no_digest(given: str) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "no API key on standard input" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("given", ["one key of many\n", "a-key-of-sixteen-characters\nanother\n", "clé-of-16-letters"])
+def test_what_no_client_can_send_has_no_digest(given: str) -> None:
+    command = [sys.executable, "-m", "kvd.router.main", "--hash-key"]
+    done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"not one API key" in done.stderr
+
+
+def test_a_key_that_can_be_guessed_is_warned_of() -> None:
+    command = [sys.executable, "-m", "kvd.router.main", "--hash-key"]
+    for key, warned in (("short", True), ("0123456789abcdef", False)):
+        done = subprocess.run(command, input=key, capture_output=True, text=True, timeout=20, check=True)
+        assert len(done.stdout) == 65
+        assert ("can be guessed" in done.stderr) == warned
 
 
 def with_worker_key(folder: Path, key: bytes) -> RouterSettings:

@@ -1,6 +1,7 @@
 """Streams through the router: at once, untouched, cancelled when nobody listens, and whole although a worker dies."""
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -350,6 +351,30 @@ def test_two_hundred_streams_at_once(workers: Pair, tmp_path: Path, processes: i
                 assert chat_text(payloads(body)) == counted(n + 2, n + 21)
 
 
+def kept(port: int, stop: threading.Event) -> int:
+    """Answers to a client that keeps its connection, and is never cut off on one that has been of use."""
+    done = 0
+    while not stop.is_set():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        used = False
+        try:
+            while not stop.is_set():
+                connection.request(
+                    "POST", "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 1, "stream": False})
+                )
+                answer = connection.getresponse()
+                assert (answer.status, bool(answer.read())) == (200, True)
+                done += 1
+                if answer.will_close:
+                    break
+                used = True
+        except ConnectionError:
+            assert not used, "it was told that it may go on"
+        finally:
+            connection.close()
+    return done
+
+
 def test_a_router_restarts_under_load(workers: Pair, tmp_path: Path) -> None:
     """The new one listens before the old one stops; what the old one had begun it ends."""
     for worker in workers:
@@ -360,6 +385,8 @@ def test_a_router_restarts_under_load(workers: Pair, tmp_path: Path) -> None:
 
     def load(n: int) -> int:
         done = 0
+        if n % 2:
+            return kept(old.port, stop)
         while not stop.is_set():
             try:
                 reply = old.talk(post("/v1/chat/completions", CHAT | {"max_tokens": 10}, "connection: close"), 10)
@@ -374,7 +401,7 @@ def test_a_router_restarts_under_load(workers: Pair, tmp_path: Path) -> None:
         running = [pool.submit(load, n) for n in range(16)]
         try:
             eventually(lambda: sum(len(worker.requests) for worker in workers) > 32)
-            with Router(tmp_path, *urls, port=old.port) as new:
+            with Router(tmp_path, *urls, port=old.port, take_over=True) as new:
                 old.stop()
                 before = new.metrics()["requests_total"]
                 eventually(lambda: new.metrics()["requests_total"] > before + 32)

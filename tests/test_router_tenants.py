@@ -65,12 +65,15 @@ def test_without_keys_everybody_is_anybody() -> None:
     ("file", "secret", "says"),
     [
         (sections(wait=1), SECRET, "wait"),
+        (sections(admn=True), SECRET, "where wanted weight = 1.0, priority = 0"),
+        (sections(priority="high"), SECRET, "where wanted weight = 1.0, priority = 0"),
         (sections(weight=0), SECRET, "weight"),
         (sections(sha256=["abc"]), SECRET, "alice"),
         (sections(sha256=[]), SECRET, "64 digits"),
         (sections(sha256=[digest(b"key-of-bob").hex()]), SECRET, "two tenants"),
         (sections(sha256=[digest(b"another").hex(), digest(b"").hex().upper()]), SECRET, "alice: a digest is that of"),
-        (sections(), b"short", "secret_file"),
+        (sections(), b"short", "tenants.secret_file holds 5 bytes"),
+        (sections(), b"", "set tenants.secret_file"),
     ],
 )
 def test_a_wrong_file_of_keys_is_named(file: dict[str, object], secret: bytes, says: str) -> None:

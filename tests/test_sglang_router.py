@@ -238,7 +238,7 @@ def test_a_router_is_replaced_under_load(fleet: World) -> None:
         each.start()
     try:
         eventually(lambda: len(done) > 8, 60, "requests are answered")
-        fresh = fleet.start_router(port=old.port)
+        fresh = fleet.start_router(port=old.port, take_over=True)
         before = len(done)
         old.stop()
         eventually(lambda: len(done) > before + 8, 60, "requests are answered by the other router")

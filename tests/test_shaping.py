@@ -58,6 +58,8 @@ def test_as_sglang_starts_by_default_there_is_nothing_to_tell() -> None:
     for neutral in (None, "", "auto"):
         assert everywhere(**dict.fromkeys(shaping.EVERYWHERE, neutral), lora_paths=[]) == ""
     assert everywhere(**dict.fromkeys({*shaping.EVERYWHERE} - {*shaping.DECIDED}, False)) == ""
+    older = {"mm_process_config": {}, "mamba_ssm_dtype": "float32"}
+    assert everywhere(**older) == "", "what releases before 0.5.23 write into their settings by themselves"
     assert everywhere(kt_method="AMXINT4", flashinfer_mxfp4_moe_precision="default") == ""
     assert everywhere(max_running_requests=3, attention_backend="triton", served_model_name="x") == ""
     assert of_pool("kv", pool(), kv_cache_dtype="auto", dtype="bfloat16", speculative_algorithm="EAGLE") == ""

@@ -53,42 +53,33 @@ def test_a_clock_that_was_ahead_of_a_pages_time_does_not_refuse_pages_after_it_w
     assert get(tier, sample(1), sample(2)) == [sample(1), sample(2)]
 
 
-def test_what_a_node_writes_after_its_clock_was_set_back_is_for_all(node: Node, clock: Clock) -> None:
-    tier = node("a")
-    clock(10 * DAY_S)
-    put(tier, sample(1))
-    clock(0)
-    put(tier, sample(2))
-    assert held(node("b")) == {sample(2).page.name}
-
-
-def test_a_node_whose_clock_is_set_back_knows_what_the_others_know(node: Node, tmp_path: Path, clock: Clock) -> None:
-    tier = node("a")
-    samples = [sample(n) for n in range(10)]
-    clock(10 * DAY_S)
-    for what in samples:
-        put(tier, what)
-    tier.remove([samples[0].page.name])
-    clock(0)
-    assert set(tier.news().left) == {what.page.name for what in samples[1:]}
-    assert put(tier, *samples[1:]) == [True] * 9
-    there = files(tmp_path)
-    for _ in range(3):
-        tier.news()
-    assert files(tmp_path) == there, "what nobody reads is not merged"
-    late = node("b")
-    assert get(late, *samples) == [None, *samples[1:]]
-    assert "damaged" not in late.counters
-
-
-def test_own_files_of_the_future_give_their_room_back_and_those_of_others_stay(
+def test_a_node_whose_clock_is_behind_deletes_nothing_that_others_read(
     node: Node, tmp_path: Path, clock: Clock
 ) -> None:
-    clock(10 * DAY_S)
-    put(node("a"), sample(1))
-    put(node("b"), sample(2))
+    first = node("a")
+    put(first, sample(1), sample(2))
+    first.remove([sample(2).page.name])
+    there = files(tmp_path)
+    clock(-2 * DAY_S)
+    tier = node("a", leftover_s=0, grace_s=0)
+    for _ in range(3):
+        tier.news()
+    assert files(tmp_path) == there
     clock(0)
-    tier = node("a", leftover_s=0)
-    tier.news()
-    assert [path.parent.name for path in files(tmp_path)] == ["b"]
-    assert tier.usage().bytes_used == files(tmp_path)[0].stat().st_size
+    assert get(node("c"), sample(1), sample(2)) == [sample(1), None]
+
+
+def test_a_removed_page_does_not_come_back_with_a_file_of_the_future(
+    node: Node, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(node("b"), sample(1))
+    clock(2 * DAY_S)
+    put(node("a"), sample(1))
+    clock(0)
+    reader = node("c")
+    reader.remove([sample(1).page.name])
+    later = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: later() + 3 * DAY_S)
+    clock(3 * DAY_S)  # it was not set: so much time has passed
+    reader.news()
+    assert get(reader, sample(1)) == [None]

@@ -1,5 +1,6 @@
 """Files of a shared tier that are not what they should be, and file systems that refuse: misses, counted."""
 
+import errno
 import os
 import random
 import shutil
@@ -206,6 +207,38 @@ class TestTrouble:
         failpoints.arm("")
         assert put(tier, sample(2, 600_000)) == [True]
         assert len(files(tmp_path)) == 1
+
+    def test_graves_that_may_not_be_deleted_are_not_merged_again_and_again(self, node: Node, tmp_path: Path) -> None:
+        tier = node("a")
+        for n in range(17):
+            put(tier, sample(n))
+            tier.remove([sample(n).page.name])
+        failpoints.arm("folder.delete:1+:eacces")
+        for _ in range(3):
+            tier.news()
+        there = files(tmp_path, "graves")
+        for _ in range(3):
+            tier.news()
+        assert files(tmp_path, "graves") == there
+
+    def test_what_may_not_be_deleted_does_not_keep_what_may_be_from_leaving(
+        self, node: Node, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        others, tier = node("b", quota_bytes=MIB), node("a", quota_bytes=MIB)
+        put(others, sample(1, 200_000))
+        tier.news()
+        for n in range(2, 5):
+            put(tier, sample(n, 200_000))
+        delete = tier._files.depot.delete
+
+        def delete_own(path: str) -> None:
+            if not path.startswith("a/"):
+                raise PermissionError(errno.EACCES, "not yours")
+            delete(path)
+
+        monkeypatch.setattr(tier._files.depot, "delete", delete_own)  # for root nothing is forbidden
+        assert [put(tier, sample(n, 200_000)) for n in range(5, 8)] == [[True]] * 3
+        assert get(tier, sample(1, 200_000)) == [sample(1, 200_000)]
 
     def test_a_folder_that_cannot_be_is_said_at_the_start(self, tmp_path: Path) -> None:
         (tmp_path / "shared").write_text("a file")

@@ -271,10 +271,14 @@ def test_the_table_has_a_line_for_each_policy_asked_for(small: Path) -> None:
     ran = kvdctl("simulate", "routing", "--trace", str(small), "--policy", "lmetric,kvd", "--load", "0.5")
     assert ran.returncode == 0, ran.stderr
     assert [line.split()[0] for line in ran.stdout.splitlines()] == ["policy", "lmetric", "kvd"]
+    assert "TTFT s: mean" in ran.stdout
 
 
-@pytest.mark.parametrize("wrong", [("--policy", "magic"), ("--workers", "0"), ("--load", "0")])
-def test_wrong_usage_exits_2(small: Path, wrong: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [("--policy", "magic"), ("--policy", "kvd", "--compare"), ("--policy", ""), ("--workers", "0"), ("--load", "0")],
+)
+def test_wrong_usage_exits_2(small: Path, wrong: tuple[str, ...]) -> None:
     assert kvdctl("simulate", "routing", "--trace", str(small), *wrong).returncode == 2
 
 

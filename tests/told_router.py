@@ -17,11 +17,11 @@ from kvd.router.decisions import Decisions, Made
 from kvd.router.leastbusy import LeastBusy
 from kvd.router.ledger import Ledger
 from kvd.router.load import Load
-from kvd.router.main import listener
 from kvd.router.pages.told import Told
 from kvd.router.policies.baselines import Lmetric
 from kvd.router.policies.choice import Candidate, Matched
 from kvd.router.policies.kvd import Kvd
+from kvd.router.processes import listener
 from kvd.router.proxy.client import Client
 from kvd.router.proxy.house import House, Limits
 from kvd.router.rates import Rates
@@ -125,7 +125,7 @@ async def serve(port: int, processes: int) -> None:
     table = Table()
     told = Told(table, lambda name: LOADS.get(name, Load()), "kvd", processes, chosen(loop.time()), counted())
     house = House({}, LeastBusy([], 1, 0), Tenants([], b""), Limits(), told)
-    sock = listener("127.0.0.1", port)
+    sock = listener("127.0.0.1", port, beside=True)
     async with await loop.create_server(lambda: Client(house), sock=sock) as server:
         print(sock.getsockname()[1], flush=True)
         await server.serve_forever()

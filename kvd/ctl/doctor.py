@@ -12,7 +12,18 @@ import typer
 from kvd.ctl.checks import attached, lower, memory, processes, reach, routing, trip
 from kvd.ctl.checks.finding import STEP_S, Finding, within, worst
 from kvd.ctl.router.link import URL_VARIABLE, KeyFileOption, router_at
-from kvd.ctl.terminal import FINE, NO_DAEMON, WRONG, JsonOption, SocketOption, printable, show_json, socket_path
+from kvd.ctl.terminal import (
+    FINE,
+    NO_DAEMON,
+    WRONG,
+    JsonOption,
+    SocketOption,
+    printable,
+    reporting,
+    show_json,
+    socket_path,
+)
+from kvd.errors import Unavailable
 
 _STYLES = {"green": typer.colors.GREEN, "yellow": typer.colors.YELLOW, "red": typer.colors.RED}
 
@@ -28,6 +39,7 @@ AskedRouterOption = Annotated[
 
 
 def command(
+    context: typer.Context,
     socket: SocketOption = None,
     router: AskedRouterOption = None,
     key_file: KeyFileOption = None,
@@ -41,7 +53,8 @@ def command(
 
     With --router it also asks that router: whether it answers, whether each of its workers is there and is sent
     requests for what it has cached (its tokens are the router's own, its node is known exactly), and whether what
-    the router believes to be cached is.
+    the router believes to be cached is. A machine that has no kvd is then fine as it is, unless --socket or
+    KVD_RUN_DIR says that it should have one.
 
     \b
     Examples:
@@ -51,21 +64,42 @@ def command(
       kvdctl doctor --json | jq '.checks[] | select(.level != "green")'
 
     \b
-    Exit status: 0 nothing is red, 1 something is red, 2 wrong usage, 3 no daemon reachable.
+    Exit status: 0 nothing is red, 1 something is red, 2 wrong usage, 3 no daemon reachable, or not the router
+    that was named.
     """
     path = socket_path(socket)
-    findings, answered = diagnose(path)
+    # A variable is for every command that asks a router; who says --router here came for the router.
+    source = context.get_parameter_source("router")
+    alone = socket is None and source is not None and source.name == "COMMANDLINE"
+    absent = reach.none_here(path) if alone else None
+    findings, answered = ([absent], True) if absent is not None else diagnose(path)
     if router is not None:
-        findings += within(_ROUTER_S, routing.CHECK, lambda: routing.routing(router_at(router, key_file)))
+        found, reached = _routed(router, key_file)
+        findings, answered = findings + found, answered and reached
     level = worst(findings)
-    if as_json:
-        show_json({"socket": str(path), "level": level, "checks": findings})
-    else:
-        for finding in findings:
-            _show(finding)
-        counts = {name: sum(f.level == name for f in findings) for name in ("red", "yellow", "green")}
-        print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    with reporting(as_json):
+        if as_json:
+            show_json({"socket": str(path), "level": level, "checks": findings})
+        else:
+            for finding in findings:
+                _show(finding)
+            counts = {name: sum(f.level == name for f in findings) for name in ("red", "yellow", "green")}
+            print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
     raise typer.Exit(NO_DAEMON if not answered else WRONG if level == "red" else FINE)
+
+
+def _routed(url: str, key_file: Path | None) -> tuple[list[Finding], bool]:
+    """What is found of a router, and whether one answered."""
+    gone: list[Unavailable] = []
+
+    def ask() -> list[Finding]:
+        try:
+            return routing.routing(router_at(url, key_file))
+        except Unavailable as error:
+            gone.append(error)
+            raise
+
+    return within(_ROUTER_S, routing.CHECK, ask, unit="kvd-router"), not gone
 
 
 def diagnose(path: Path) -> tuple[list[Finding], bool]:

@@ -3,7 +3,9 @@
 With --json, stdout carries one JSON document or nothing, and an error is one JSON line on stderr.
 """
 
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import msgspec
 import typer
 
 from kvd.client import Link
+from kvd.ctl.table import laid_out
 from kvd.errors import KvdError, Unavailable
 from kvd.places import SOCKET, run_dir
 
@@ -40,17 +43,30 @@ def socket_path(given: Path | None) -> Path:
 
 @contextmanager
 def reporting(as_json: bool) -> Iterator[None]:
-    """Turn what kvd raises on purpose into one line on stderr and an exit code."""
+    """Turn what kvd raises on purpose, and output that cannot be written, into one line on stderr and an exit code."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # here, where it can still be said that this failed
     except KvdError as error:
-        if as_json:
-            said = {"error": error.message, "hint": error.hint}  # a path of theirs may hold bytes that are no text
-            body = msgspec.json.encode({name: _encodable(text) for name, text in said.items()}).decode()
-        else:
-            body = f"kvdctl: {printable(str(error))}"
-        print(body, file=sys.stderr)
+        _complain(error, as_json)
         raise typer.Exit(NO_DAEMON if isinstance(error, Unavailable) else WRONG) from error
+    except OSError as error:
+        if error.filename is not None or error.errno == errno.EPIPE:  # a bug; a reader who has seen enough
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at exit, and would fail once more
+        _complain(KvdError(f"cannot write: {error.strerror}", "is there room where it goes?"), as_json)
+        raise typer.Exit(WRONG) from error
+
+
+def _complain(error: KvdError, as_json: bool) -> None:
+    if as_json:
+        said = {"error": error.message, "hint": error.hint}  # a path of theirs may hold bytes that are no text
+        body = msgspec.json.encode({name: _encodable(text) for name, text in said.items()}).decode()
+    else:
+        body = f"kvdctl: {printable(str(error))}"
+    print(body, file=sys.stderr)
 
 
 @contextmanager
@@ -92,18 +108,19 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns; numbers to the right. As wide as the terminal, or as the content where there is none."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    right = [bool(rows) and all(isinstance(row[at], int | float) for row in rows) for at in range(len(columns))]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows]
+    width = shutil.get_terminal_size().columns if on_terminal() else None
+    heading, lines = laid_out([printable(name) for name in columns], cells, right, width)  # some are a router's terms
+    for line in heading:
+        print(typer.style(line, bold=True) if on_terminal() else line)
+    for line in lines:
+        print(line)
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for position, name in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[position], int | float) for row in rows)
-        head = Text(printable(name))  # some are a router's names for its terms
-        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else printable(str(cell))) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
+
+def on_terminal() -> bool:
+    """Whether results go to one. Where stdout was closed there is no stdout at all."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def printable(text: str) -> str:
@@ -124,6 +141,11 @@ def size(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count} B"
+
+
+def several(count: int, noun: str) -> str:
+    """ "1 candidate", "2 candidates"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def span(seconds: float) -> str:

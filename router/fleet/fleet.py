@@ -19,7 +19,7 @@ from typing import Final
 
 from kvd import wire
 from kvd.router.fleet.crew import Crew, Doors, Reported
-from kvd.router.fleet.linking import Stated, links, seen_from_here
+from kvd.router.fleet.linking import UNTOLD, Stated, links, seen_from_here
 from kvd.router.fleet.members import MemberView, State
 from kvd.router.fleet.membership import DRAINS, NO_LINK, Entry, Membership
 from kvd.router.fleet.nodes import NodeAt, Nodes
@@ -223,9 +223,11 @@ class Fleet:
         why, remedy = link.why, link.remedy
         if not verdict.credit:
             why, remedy = f"{verdict.what} {verdict.where}".rstrip(), verdict.remedy
-        elif link.member is not None and not (why := self._nodes.why(node)):
+        elif link.member is not None:
             why, remedy = self._nodes.unsure(node, link.member.worker)
             why = why or ("" if entry.name in self._manner_of else _SOON)
+        elif link is UNTOLD:  # maybe only because one that would tell of it cannot be heard
+            remedy = next(filter(None, map(self._nodes.remedy, self._nodes)), remedy)
         return MemberView(
             entry.name, entry.state, entry.origin, watch.told.serving.served_name if watch.told else "", node, not why,
             why, remedy, watch.health.why, verdict.state, self._members.running(entry),

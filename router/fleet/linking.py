@@ -40,25 +40,34 @@ class Link(NamedTuple):
     remedy: str = ""
 
 
+UNTOLD: Final = Link(None, "no node tells of its blocks", "name it in events.workers of its node's kvd.toml")
+
+
 def links(workers: Mapping[str, Stated], nodes: Mapping[str, Iterable[wire.Source]]) -> dict[str, Link]:
     """By the workers' names. Where two nodes tell of one worker, the first does."""
     lives = Counter(stated.life for stated in workers.values())
     told: dict[str, tuple[str, wire.Source]] = {}
     pages: dict[tuple[str, str], list[wire.Source]] = {}  # (node, a worker's URL there) -> what it is attached with
+    known_at: dict[str, str] = {}  # by their URLs, which the nodes of workers that have started anew know already
     for node, sources in nodes.items():
         for source in sources:
             if source.worker and source.life:
                 first, _ = told.setdefault(source.life, (node, source))
                 if source.strange and first == node:
                     told[source.life] = node, source  # one rank's names are all ranks'
-            for url in () if source.worker else source.workers:
-                pages.setdefault((node, url), []).append(source)
-    return {name: _link(stated, lives[stated.life], told.get(stated.life), pages) for name, stated in workers.items()}
+                if (url := seen_from_here(source.worker, node)) is not None:
+                    known_at[url] = node
+            for attached in () if source.worker else source.workers:
+                pages.setdefault((node, attached), []).append(source)
+    return {
+        name: _link(stated, lives[stated.life], told.get(stated.life), pages, known_at.get(name, ""))
+        for name, stated in workers.items()
+    }
 
 
 def _link(
     stated: Stated, lives: int, told: tuple[str, wire.Source] | None,
-    pages: Mapping[tuple[str, str], list[wire.Source]],
+    pages: Mapping[tuple[str, str], list[wire.Source]], known_at: str,
 ) -> Link:  # fmt: skip
     if not stated.life:
         return Link(None, "its /server_info states nothing that tells it from others", "upgrade SGLang")
@@ -67,8 +76,13 @@ def _link(
             None, "another worker states the same port, seed and start",
             "is it one server under two URLs? if not, give each a --random-seed of its own",
         )  # fmt: skip
+    if told is None and known_at:
+        return Link(
+            None, "its node knows another start of it",
+            f"its node asks it again by and by; if it stays so: see the log of the kvd whose events are at {known_at}",
+        )  # fmt: skip
     if told is None:
-        return Link(None, "no node tells of its blocks", "name it in events.workers of its node's kvd.toml")
+        return UNTOLD
     node, source = told
     if source.block_tokens not in (0, stated.block_tokens):
         return Link(None, f"its node takes its blocks for {source.block_tokens} tokens, not {stated.block_tokens}")

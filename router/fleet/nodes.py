@@ -5,6 +5,7 @@ name would be taken for each other. Bounded: the index as a whole by `most_block
 worker says that it can.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Final, NamedTuple
@@ -15,9 +16,10 @@ from kvd import wire
 from kvd.router.follow import Follow
 from kvd.router.index import Index
 from kvd.router.numbering import Numbering, Place
-from kvd.router.view import Identity, Known, View
+from kvd.router.view import SILENT_S, Identity, Known, View
 from kvd.sglang_events import GPU
 
+log = logging.getLogger("kvd.router")
 SLACK: Final = 2  # what a GPU holds may be counted before what left it is
 HEAL_S: Final = 60.0  # before a node is asked anew; doubled each time that this does not help
 _RARELY_S: Final = 3600.0  # up to this
@@ -91,6 +93,8 @@ class Nodes:
         self._exact: dict[str, Mapping[Identity, Known]] = {}  # sources of the nodes whose streams are
         self._doubtful: set[tuple[str, str]] = set()  # nodes and workers there of which the index did not take all
         self._heals: dict[str, tuple[float, float]] = {}  # when to ask a node anew, and how long to wait after that
+        self._inexact_since: dict[str, float] = {}
+        self._said: dict[str, bool] = {}  # whether the log's last line of a node says that it is exact
         self._context = zmq.Context()
         self._nodes: dict[str, _Node] = {}
         for one in dict.fromkeys(at):
@@ -110,6 +114,7 @@ class Nodes:
         places = (self.holders.place(number) for number in self.index.inexact())
         self._doubtful = {(place.node, place.worker) for place in places if place is not None}
         self._heal(now)
+        self._say(now)
 
     def speeds(self, node: str) -> Sequence[wire.Speed]:
         """Of its tiers, as it last measured them."""
@@ -119,8 +124,17 @@ class Nodes:
         """Why what is known of this node is not exact; "" where it is."""
         return self._nodes[node].view.why(self._now)
 
+    def remedy(self, node: str) -> str:
+        """What to do where what is known of this node stays inexact; "" where it is exact."""
+        what = (
+            f"does a kvd run whose events.endpoint is {node}, and is that reachable from here? `kvdctl doctor` there"
+        )
+        return what if self.why(node) else ""
+
     def unsure(self, node: str, worker: str) -> tuple[str, str]:
         """Why what a rank of this worker (its URL there) holds does not count, and what to do; "" where all does."""
+        if why := self.why(node):
+            return why, self.remedy(node)
         sources = self._nodes[node].view.sources
         first = sources.get((worker, 0, ""))
         for rank in count():
@@ -174,6 +188,20 @@ class Nodes:
                 pause_s = min(2 * pause_s, _RARELY_S)
                 self._heals[name] = now + pause_s, pause_s
                 view.renew()
+
+    def _say(self, now: float) -> None:
+        """One line for each change that lasts: a lost batch is made up for in a moment."""
+        for name in self._nodes:
+            if name in self._exact:
+                self._inexact_since.pop(name, None)
+                if not self._said.get(name, False):
+                    log.info("node %s: its stream is exact: what its workers hold counts", name)
+                self._said[name] = True
+            elif now - self._inexact_since.setdefault(name, now) >= SILENT_S and self._said.get(name, True):
+                log.warning(
+                    "node %s: %s: what its workers hold does not count (%s)", name, self.why(name), self.remedy(name)
+                )
+                self._said[name] = False
 
     def close(self) -> None:
         for node in self._nodes.values():

@@ -1,6 +1,6 @@
 """The table of the router's own pages: what each takes, who may see it, what it answers. Never blocks.
 
-    GET  /kvd/health            ok, or 503 while draining                           everybody
+    GET  /kvd/health            ok; 503 on what is still open while it drains       everybody
     GET  /kvd/metrics           Prometheus text                                     everybody
     GET  /kvd/decisions         ?last=N (100 at most), or ?request=ID               administrators
     GET  /kvd/workers           who is there, what each has to do and did lately    administrators

@@ -29,6 +29,7 @@ log = logging.getLogger("kvd.router")
 _WRITE_HIGH_BYTES = 256 << 10
 _AHEAD_BYTES = 64 << 10  # of later requests, while one is answered
 _LINGER_S = 1.0
+_LAST_S = 1.0  # those who ask often have asked by then
 _FOREVER = float("inf")
 
 
@@ -202,7 +203,7 @@ class Client(asyncio.Protocol):
         self._release()
         if self._transport is None:
             return
-        if not keep or self._house.draining:
+        if not keep:
             self.close()
         elif not self.paused:
             self._wait_for_next()
@@ -213,7 +214,8 @@ class Client(asyncio.Protocol):
         Not at once: a thousand requests in one packet must not be a thousand calls deep.
         """
         ahead, limits = len(self._inbox), self._limits
-        within_s = limits.body_s if self._head is not None else limits.head_s if ahead else limits.idle_s
+        idle_s = _LAST_S if self._house.draining else limits.idle_s
+        within_s = limits.body_s if self._head is not None else limits.head_s if ahead else idle_s
         self._deadline = self._house.loop.time() + within_s
         if ahead and not self._due:
             self._due = True
@@ -249,6 +251,11 @@ class Client(asyncio.Protocol):
     def idle(self) -> bool:
         """It asked for nothing that is not answered."""
         return self._exchange is None and self._head is None and not self._inbox
+
+    def last_call(self) -> None:
+        """The router stops. To close at once would be to lose a request that is on its way."""
+        if self.idle:
+            self._deadline = self._house.loop.time() + _LAST_S
 
     def check(self, now: float) -> None:
         """Called about four times a second."""

@@ -64,7 +64,8 @@ class House:
         self.draining = False
         self._pages = Pages(told, self)
         self._clients: set[Client] = set()
-        self._empty = asyncio.Event()  # nobody is connected
+        self._empty = asyncio.Event()  # nobody is connected, or whoever is must not be waited for
+        self._hurried = False
         self._bodies = 0
         self._prefix = secrets.token_hex(6)
         self._number = 0
@@ -153,7 +154,9 @@ class House:
         now = self.loop.time()
         seconds = self.limits.queue_s
         within = head.single.get(b"x-kvd-timeout-s")
-        if within is not None and _SECONDS.fullmatch(within):
+        if within is not None:
+            if not _SECONDS.fullmatch(within):
+                raise Malformed(400, "x-kvd-timeout-s is a number of seconds, for instance 2.5")
             seconds = min(seconds, float(within))
         self.counts["requests"] += 1
         return Incoming(
@@ -179,13 +182,26 @@ class House:
 
     # Goodbye
 
+    @property
+    def in_progress(self) -> int:
+        """Clients that have asked for something and wait for it."""
+        return sum(not client.idle for client in self._clients)
+
+    def cut(self) -> None:
+        """Who is in a hurry to stop does not wait for answers, neither from now on nor where a drain waits already."""
+        self._hurried = True
+        self._empty.set()
+
     async def drain(self, within_s: float) -> None:
-        """Finish what was asked, take nothing new; what is not done in time is cut."""
+        """Finish what was asked, take no new clients; what is not done in time is cut.
+
+        Who is connected and asks once more within a moment is answered, and told that it was the last time: a request
+        on its way over a connection that is being closed would be lost.
+        """
         self.draining = True
-        for client in list(self._clients):
-            if client.idle:
-                client.close()
-        if self._clients:
+        for client in self._clients:
+            client.last_call()
+        if self._clients and not self._hurried:
             self._empty.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(within_s):

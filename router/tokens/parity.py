@@ -137,7 +137,10 @@ def difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
     return f"from {at}: {list(ours[at : at + SHOWN])} here, {list(theirs[at : at + SHOWN])} there"
 
 
-_TEXT_REMEDY: Final = "give the router the very model folder that the worker serves (tokenizer.json differs)"
+_TEXT_REMEDY: Final = (
+    "tokenizer.json differs: is model_path the very folder that the worker serves? where workers serve several models "
+    "unset it, so that each worker's own folder is used"
+)
 _CHAT_REMEDY: Final = "compare the chat template and its options: the folder's against the worker's command line"
 _EVENT_REMEDY: Final = (
     "compare page size and event format in the worker's /server_info; a speculative one hashes pairs"

@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from kvd.storage.nvme.catalog import Catalog, unpack
@@ -102,7 +103,8 @@ class NvmeTier:
             damaged += [at for at, right in zip(pinned, answers, strict=True) if right is False]
             refused = [at for at, right in zip(pinned, answers, strict=True) if right is None]
             if damaged or refused:  # a bad sector stays bad: who asks again is not to wait for it again
-                with self._ledger.writing:
+                # On a full disk nothing can be dropped either: then it is a miss the next time too.
+                with self._ledger.writing, suppress(TierError):
                     self._ledger.drop([(wanted[at][0], values[at]) for at in damaged], "damaged")
                     self._ledger.drop([(wanted[at][0], values[at]) for at in refused], "read_error")
             self._health.judge(len(refused), len(pinned))

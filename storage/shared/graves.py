@@ -16,6 +16,7 @@ from kvd.storage.tier import Name
 
 VERSION: Final = 1
 MAX_BYTES: Final = 64 << 20
+MOST_NAMES: Final = 1 << 19  # in a file: they take half of that
 _COLUMNS: Final = [("namespace", pa.binary(16)), ("key", pa.binary(32)), ("stamp", pa.uint64())]
 
 

@@ -15,10 +15,11 @@ from typing import Final
 
 from kvd.storage.quota import Share
 from kvd.storage.shared import compaction, makingroom
-from kvd.storage.shared.copies import needed
+from kvd.storage.shared.copies import SealedFile, needed
+from kvd.storage.shared.graves import MOST_NAMES
 from kvd.storage.shared.refusal import WriteRefused
 from kvd.storage.shared.sealed import ALIGN, lay_out
-from kvd.storage.shared.sharedfiles import SharedFiles, path_is_ahead
+from kvd.storage.shared.sharedfiles import SharedFiles
 from kvd.storage.shared.stamps import at
 from kvd.storage.tier import Buffers, Name, Page
 
@@ -57,14 +58,29 @@ class Housekeeping:
         files = self.files
         if needed_bytes > self.quota_bytes or pages > files.max_pages:
             return False
+        if self._room_made(tenant, pages, needed_bytes):
+            return True
+        with files.lock:
+            again = files.undeletable & files.copies.files.keys()
+            files.undeletable -= again  # they may be deletable by now
+        return bool(again) and self._room_made(tenant, pages, needed_bytes)
+
+    def _room_made(self, tenant: str, pages: int, needed_bytes: int) -> bool:
+        files = self.files
+        while (chosen := self._victims(tenant, pages, needed_bytes)) is not None:
+            gone = [files.delete(file.path) for file in chosen]
+            files.counters["evicted files"] += sum(gone)
+            if all(gone):
+                return self._fits(needed_bytes) and len(files.copies) + pages <= files.max_pages
+        return False
+
+    def _victims(self, tenant: str, pages: int, needed_bytes: int) -> list[SealedFile] | None:
+        """Of those that may be deleted, as far as is known."""
+        files = self.files
         with files.lock:
             excess = files.bytes_used + needed_bytes - self.quota_bytes, len(files.copies) + pages - files.max_pages
-            chosen = makingroom.victims(files.copies.files.values(), self.shares, tenant, needed_bytes, *excess)
-        if chosen is None:
-            return False
-        for file in chosen:
-            files.counters["evicted files"] += files.delete(file.path)
-        return self._fits(needed_bytes) and len(files.copies) + pages <= files.max_pages
+            there = [file for path, file in files.copies.files.items() if path not in files.undeletable]
+            return makingroom.victims(there, self.shares, tenant, needed_bytes, *excess)
 
     def _sweep(self) -> None:
         """Files that hold nothing any more: ours soon; those of other nodes, which may be gone, later."""
@@ -75,9 +91,6 @@ class Housekeeping:
         wait = {path: self.grace_s if path.startswith(mine) else self.leftover_s for path in dead}
         with self.files.lock:
             wait |= dict.fromkeys(self.files.leftovers, self.leftover_s)
-            # Of a clock of ours that was wrong. Nobody reads these, and others' are theirs to judge: we may be wrong.
-            ahead = [path for path in self.files.postponed if path.startswith(mine) and path_is_ahead(path)]
-            wait |= dict.fromkeys(ahead, self.leftover_s)
         now = time.monotonic()
         self._since = {path: self._since.get(path, now) for path in wait}
         for path, since in self._since.items():
@@ -136,7 +149,10 @@ class Housekeeping:
 
     def _merge_graves(self) -> None:
         with self.files.lock:
-            own = {path: said for path, said in self.files.graves.items() if path.startswith(f"{self.files.node}/")}
+            own = {
+                path: said for path, said in self.files.graves.items()
+                if path.startswith(f"{self.files.node}/") and path not in self.files.undeletable
+            }  # fmt: skip
             if len(own) <= _GRAVE_FILES:
                 return
             together: dict[Name, int] = {}
@@ -145,9 +161,9 @@ class Housekeeping:
                     together[name] = max(stamp, together.get(name, -1))
         hiding = self._needed(together)
         young = at(time.time() - _YOUNG_GRAVE_S)
-        kept = {name: s for name, s in together.items() if s >= young or hiding is None or name in hiding}
-        if kept:
-            self.files.bury(kept)
+        kept = [(name, s) for name, s in together.items() if s >= young or hiding is None or name in hiding]
+        for start in range(0, len(kept), MOST_NAMES):
+            self.files.bury(dict(kept[start : start + MOST_NAMES]))
         for path in own:
             self.files.delete(path)
 

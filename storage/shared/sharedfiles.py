@@ -26,11 +26,13 @@ from kvd.storage.shared.depot import Depot, Entry
 from kvd.storage.shared.refusal import Refusal, is_refusal
 from kvd.storage.shared.sealed import Row, Unreadable, fits, lay_out
 from kvd.storage.shared.sealedreads import ABSENT, DAMAGED, GOOD, Wish, index_of, read_pages
-from kvd.storage.shared.stamps import Stamps, is_ahead
+from kvd.storage.shared.stamps import Stamps, at
 from kvd.storage.tier import Buffers, Name, News, Page, TierError
 
 _FILE: Final = re.compile(r"([\w.-]+)/([0-9a-f]{16})-[0-9a-f]{16}\.(pages|graves)\.arrow", re.ASCII)
 _TEMPORARY: Final = re.compile(r"[\w.-]+/\.[0-9a-f]{16}-[0-9a-f]{16}\.(pages|graves)\.arrow\.[0-9]+\.tmp", re.ASCII)
+_AHEAD_S: Final = 86_400.0  # whose clock is further ahead would drag all clocks along
+_SET_S: Final = 3600.0  # a clock that runs is never so far off in the time between two looks
 
 
 class SharedFiles:
@@ -44,11 +46,14 @@ class SharedFiles:
         self.graves: dict[str, Mapping[Name, int]] = {}  # what each file of graves says
         self.leftovers: dict[str, int] = {}  # temporary and damaged files, with their sizes
         self.postponed: dict[str, int] = {}  # files to be read at another time, with the pages that need room
+        self.undeletable: set[str] = set()  # when it was last tried
         self.counters: Counter[str] = Counter()
         self.refusal = Refusal(self.counters)
         self.max_pages = max_pages
         self._tenants = tenants
         self._ignored: set[str] = set()
+        self._future: set[str] = set()  # of these, by our clock
+        self._clock_ahead_s = time.time() - time.monotonic()
         self._stamps = Stamps()
         self.changes = Changes()  # under the lock
         self._pool = ThreadPoolExecutor(depot.parallel, "kvd-shared")
@@ -74,8 +79,10 @@ class SharedFiles:
         """List all files; read the indexes of new ones, forget those that are gone."""
         with self.lock:
             known = set(self.sizes)  # a file of ours that is published from now on may be missing in the list
-            self._postpone_ahead()
-            due = {path for path, n in self.postponed.items() if self._has_room(n) and not path_is_ahead(path)}
+            due = {path for path, pages in self.postponed.items() if self._has_room(pages)}
+            if self._clock_was_set():
+                due |= self._future
+                self._ignored -= self._future
             passed = known - due | self._ignored
         with as_tier_errors():
             entries = self.depot.entries()
@@ -91,6 +98,7 @@ class SharedFiles:
             for path in known - there:
                 self.forget(path)
             self._ignored &= there
+            self._future &= self._ignored
             matched = {entry.path for entry, _ in ours}
             self.leftovers = {path: size for path, size in self.leftovers.items() if path in there}
             for entry in new:
@@ -98,12 +106,10 @@ class SharedFiles:
                     temporary = _TEMPORARY.fullmatch(entry.path)  # others' files may end like that, and are left alone
                     self._ignore(entry, "temporary" if temporary else "foreign")
 
-    def _postpone_ahead(self) -> None:
-        """Our clock was set back: what others do not read we do not count on either."""
-        for path in [path for path in self.copies.files if path_is_ahead(path)]:
-            self.counters["future"] += 1
-            self.postponed[path] = len(self.copies.files[path].rows)
-            self.changes.left(self.copies.withdraw(path))
+    def _clock_was_set(self) -> bool:
+        """Since the last look: what seemed to be of the future may not be."""
+        before, self._clock_ahead_s = self._clock_ahead_s, time.time() - time.monotonic()
+        return abs(self._clock_ahead_s - before) > _SET_S
 
     def forget(self, path: str) -> None:
         """A file is not there any more."""
@@ -173,26 +179,26 @@ class SharedFiles:
 
     def bury(self, dead: Mapping[Name, int]) -> list[Name]:
         """Make it known to all nodes that these pages are dead up to a stamp."""
-        stamp = self.stamp()
-        said = {name: min(stamp, old) for name, old in dead.items()}  # some are younger when the clock was set back
-        data, path = graves.encode(said), self._path(stamp, "graves")
+        data, path = graves.encode(dead), self._path(self.stamp(), "graves")
         with self.refusal.noticed():
             self.depot.publish(path, [memoryview(data)], len(data), direct=False)
         with self.lock:
             self.sizes[path] = len(data)
-            self.graves[path] = said
+            self.graves[path] = dict(dead)
             return self.copies.bury(dead.items())
 
     def delete(self, path: str) -> bool:
-        """Delete a file of anybody's, and what we know of it. False: we may not, and it stays."""
+        """Delete a file of anybody's, and what we know of it. False: we may not, and it stays `undeletable`."""
         with as_tier_errors():
             try:
                 self.depot.delete(path)
             except OSError as error:
                 if not is_refusal(error):
                     raise
-                self.counters["undeletable"] += 1
+                self.counters["undeletable"] += path not in self.undeletable
+                self.undeletable.add(path)
                 return False
+        self.undeletable.discard(path)
         self.forget(path)
         return True
 
@@ -220,17 +226,18 @@ class SharedFiles:
         assert match, "only what is named like ours is read"
         stamp = int(match[2], 16)
         try:
-            if path_is_ahead(entry.path):
-                raise _Postponed("future", 0)
+            if stamp > at(time.time() + _AHEAD_S):
+                raise Unreadable("future")
             add(entry, stamp)
         except _Postponed as error:
             with self.lock:
-                self.counters[error.reason] += entry.path not in self.postponed
+                self.counters["too many pages"] += entry.path not in self.postponed
                 self.postponed[entry.path] = error.pages
                 self.sizes[entry.path] = entry.size
         except Unreadable as error:
             self._ignore(entry, error.reason)
             with self.lock:
+                self.postponed.pop(entry.path, None)
                 self.sizes[entry.path] = entry.size
         except FileNotFoundError:
             return  # deleted since it was listed
@@ -258,7 +265,7 @@ class SharedFiles:
             if entry.path in self.copies.files:
                 return
             if not self._has_room(len(rows)):
-                raise _Postponed("too many pages", len(rows))
+                raise _Postponed(len(rows))
             self.changes.came(self.copies.add(SealedFile(entry.path, stamp, entry.size, rows, tenant)))
 
     def _has_room(self, pages: int) -> bool:
@@ -268,21 +275,18 @@ class SharedFiles:
         with self.lock:
             self.counters[reason] += 1
             self._ignored.add(entry.path)
+            if reason == "future":
+                self._future.add(entry.path)
             if reason in ("temporary", "damaged", "truncated"):
                 self.leftovers[entry.path] = entry.size
 
 
 class _Postponed(Exception):
-    """A file is not to be read now; once a clock was set, or pages have left, it is."""
+    """A file is not to be read now; once so many pages have left it is."""
 
-    def __init__(self, reason: str, pages: int) -> None:
-        super().__init__(reason)
-        self.reason, self.pages = reason, pages
-
-
-def path_is_ahead(path: str) -> bool:
-    """The file is of the future, or our clock is behind."""
-    return is_ahead(int(path.rpartition("/")[2][:16], 16), time.time())
+    def __init__(self, pages: int) -> None:
+        super().__init__(pages)
+        self.pages = pages
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from kvd.storage.quota import Share
 from kvd.storage.shared.bucket import Bucket
 from kvd.storage.shared.depot import Depot
 from kvd.storage.shared.folder import Folder
+from kvd.storage.shared.graves import MOST_NAMES
 from kvd.storage.shared.housekeeping import Housekeeping
 from kvd.storage.shared.makingroom import holdings
 from kvd.storage.shared.refusal import WriteRefused
@@ -36,7 +37,6 @@ from kvd.storage.shared.sharedfiles import SharedFiles, as_tier_errors
 from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
 
 _NODE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NAMES_A_GRAVE_FILE: Final = 1 << 19
 _MOST_NAMESPACES: Final = 1 << 14
 
 
@@ -113,8 +113,8 @@ class SharedTier:
         files = self._files
         with files.lock:
             held = [name for name in dict.fromkeys(names) if name in files.copies]
-        for at in range(0, len(held), _NAMES_A_GRAVE_FILE):
-            part = held[at : at + _NAMES_A_GRAVE_FILE]
+        for at in range(0, len(held), MOST_NAMES):
+            part = held[at : at + MOST_NAMES]
             files.bury(dict.fromkeys(part, files.stamp()))
         with files.lock:
             files.changes.knows(names)

@@ -3,14 +3,11 @@
 A stamp is the milliseconds since 1970 in the upper bits and a counter in the lower 20. A node's next stamp is above
 all it has seen, its own and others' (a Lamport clock), so a put after a remove is after it, whatever the clocks say.
 Nodes whose clocks differ by d may, within d, order a put and a remove of one page wrongly: then the page is gone.
-A stamp more than AHEAD_S in the future is nobody's: others do not read such a file, and a clock that was set back does
-not go on from there.
 """
 
 from typing import Final
 
 COUNTER_BITS: Final = 20
-AHEAD_S: Final = 86_400.0  # whose clock is further ahead would drag all clocks along
 
 
 class Stamps:
@@ -18,8 +15,7 @@ class Stamps:
         self._last = 0
 
     def next(self, now_s: float) -> int:
-        now = at(now_s)
-        self._last = now if is_ahead(self._last, now_s) else max(now, self._last + 1)
+        self._last = max(at(now_s), self._last + 1)
         return self._last
 
     def saw(self, stamp: int) -> None:
@@ -29,8 +25,3 @@ class Stamps:
 def at(now_s: float) -> int:
     """The first stamp of a moment; 0 for what is before 1970."""
     return max(0, int(now_s * 1000)) << COUNTER_BITS
-
-
-def is_ahead(stamp: int, now_s: float) -> bool:
-    """No clock that is nearly right has made it."""
-    return stamp > at(now_s + AHEAD_S)

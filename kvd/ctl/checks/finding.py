@@ -34,8 +34,8 @@ def worst(findings: list[Finding]) -> Level:
     return "red" if "red" in levels else "yellow" if "yellow" in levels else "green"
 
 
-def within(seconds: float, check: str, step: Callable[[], list[Finding]]) -> list[Finding]:
-    """Run a check; a red finding when it fails or takes too long.
+def within(seconds: float, check: str, step: Callable[[], list[Finding]], unit: str = "kvd") -> list[Finding]:
+    """Run a check; a red finding when it fails or takes too long. `unit`: whose log says more.
 
     It runs on a thread of its own because what it reads (/proc, mounts) can block in the kernel, where no timeout
     reaches. Such a thread is left behind: it is a daemon thread, and this process is about to end.
@@ -46,7 +46,7 @@ def within(seconds: float, check: str, step: Callable[[], list[Finding]]) -> lis
         try:
             found.extend(step())
         except KvdError as error:
-            found.append(Finding(check, "red", error.message, error.hint or "look at `journalctl -u kvd`"))
+            found.append(Finding(check, "red", error.message, error.hint or f"look at `journalctl -u {unit}`"))
         except Exception as error:  # the other checks are still worth having
             message = f"the check itself failed: {type(error).__name__}: {error}"
             found.append(Finding(check, "red", message, "please report this"))

@@ -49,6 +49,13 @@ def reach(path: Path, seen: Seen) -> list[Finding]:
     return [Finding(CHECK, "green", message, figures={"answer_us": taken_us})]
 
 
+def none_here(path: Path) -> Finding | None:
+    """For who came to look at a router: that this machine has no kvd, so that none is missed. None where it may."""
+    if os.environ.get("KVD_RUN_DIR") or path.exists() or _USUAL.exists():
+        return None
+    return Finding(CHECK, "green", f"no kvd on this machine: there is nothing at {path}")
+
+
 def _unreachable(path: Path, error: KvdError) -> Finding:
     return Finding(CHECK, "red", error.message, _remedy(path, error))
 
@@ -67,7 +74,7 @@ def _remedy(path: Path, error: KvdError) -> str:
     if number in (errno.EACCES, errno.EPERM):
         return f"{_permissions(path)}: become root or join that group"
     if isinstance(error, Unavailable):
-        return "look at `journalctl -u kvd`; it refuses connections when max_sessions are attached"
+        return "look at `journalctl -u kvd`: max_sessions may be attached, or few descriptors left (LimitNOFILE)"
     return error.hint or "install the same version of kvd on both sides"
 
 

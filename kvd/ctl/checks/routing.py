@@ -51,15 +51,15 @@ def each_worker(said: replies.Workers) -> list[Finding]:
 
 
 def _worker(worker: replies.Worker, owed: bool) -> Finding:
-    name, why = worker.name, f": {worker.health or worker.why}" if worker.health or worker.why else ""
-    remedy = worker.remedy or _STATES.get(worker.state, _NO_CREDIT)
+    said, own = (worker.health, "") if worker.health else (worker.why, worker.remedy)  # the remedy is for `why`
+    name, why, remedy = worker.name, f": {said}" if said else "", own or _STATES.get(worker.state, _NO_CREDIT)
     if worker.state in ("unhealthy", "gone"):
         return Finding(CHECK, "red", f"{name} is {worker.state}{why}", remedy)
     if worker.state in ("joining", "draining"):
         return Finding(CHECK, "yellow", f"{name} is {worker.state}{why}", remedy)
     if owed and not worker.credit:
         message = f"{name} gets requests, but none for what it has cached{why}"
-        return Finding(CHECK, "red", message, worker.remedy or _NO_CREDIT)
+        return Finding(CHECK, "red", message, remedy)
     lately = worker.recent
     hits = f"; {percent(lately.cached_tokens, lately.tokens)} of its prompts cached lately" if lately.tokens else ""
     return Finding(CHECK, "green", f"{name}: {worker.running} running, {worker.queued} queued{hits}")

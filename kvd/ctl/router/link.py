@@ -18,9 +18,13 @@ from kvd.router.pages import replies
 DEFAULT_URL: Final = "http://127.0.0.1:30080"
 URL_VARIABLE, KEY_VARIABLE = "KVD_ROUTER_URL", "KVD_ROUTER_KEY"
 TIMEOUT_S: Final = 3.0  # of one answer; a healthy router needs milliseconds
+_REFUSED: Final = 409  # understood, and no: there is no such worker, or no room for one more
 _MISDIRECTED: Final = 421
 _TRIES: Final = 20  # connections for each process that is looked for
 _MOST_PROCESSES: Final = 64  # that a router can be
+
+_ADMIN: Final = f"give an administrator's key: {KEY_VARIABLE}, or --key-file PATH"
+_OTHERS: Final = "others of its processes did it: look at `kvdctl worker list` and try again"
 
 R = TypeVar("R", bound=replies.Reply)
 
@@ -57,7 +61,7 @@ class RouterLink:
     def ask(self, path: str, kind: type[R], **query: str) -> R:
         """What one of the router's processes says."""
         status, body = self._exchange("GET", path + _query(query), b"")
-        return _decoded(kind, self._checked(status, body))
+        return self._decoded(kind, self._checked(status, body, _ADMIN if status == 403 else ""))
 
     def ask_all(self, path: str, kind: type[R], **query: str) -> list[R]:
         """What every process says."""
@@ -73,28 +77,41 @@ class RouterLink:
         )
 
     def change(self, what: str, worker: str) -> None:
-        """`what`: add, drain or remove. Told to every process; the first that refuses ends it."""
+        """`what`: add, drain or remove. Told to every process, also where one refuses.
+
+        One in which a worker has drained already knows it no more, and has nothing left to drain or remove.
+        """
         _check_text(worker)
         body = msgspec.json.encode(replies.Change(worker))
-        for one in self.ask_all("/kvd/workers", replies.Workers):
-            path = f"/kvd/workers/{what}{_query({'pid': str(one.pid)})}"
-            for _ in range(_TRIES * min(one.processes, _MOST_PROCESSES)):
-                status, answer = self._exchange("POST", path, body)
-                if status != _MISDIRECTED:
-                    _decoded(replies.Changed, self._checked(status, answer))
-                    break
-            else:
-                raise Unavailable(
-                    f"process {one.pid} of the router at {self.url} did not answer",
-                    "others of its processes may have been told: look at `kvdctl worker list` and try again",
-                )
+        answers = [self._told(what, body, one) for one in self.ask_all("/kvd/workers", replies.Workers)]
+        done = any(status == 200 for status, _ in answers)
+        for status, answer in answers:
+            if done and status == _REFUSED and what != "add":
+                continue
+            try:
+                self._decoded(replies.Changed, self._checked(status, answer))
+            except Refused as error:
+                raise Refused(error.message, _OTHERS if done else error.hint) from error
+
+    def _told(self, what: str, body: bytes, one: replies.Workers) -> tuple[int, bytes]:
+        """What this one of the processes answers."""
+        path = f"/kvd/workers/{what}{_query({'pid': str(one.pid)})}"
+        for _ in range(_TRIES * min(one.processes, _MOST_PROCESSES)):
+            status, answer = self._exchange("POST", path, body)
+            if status != _MISDIRECTED:
+                return status, answer
+        raise Unavailable(
+            f"process {one.pid} of the router at {self.url} did not answer",
+            "others of its processes may have been told: look at `kvdctl worker list` and try again",
+        )
 
     def _exchange(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
         from kvd.ctl.router.overhttp import exchange  # what it needs takes longer to load than most commands to run
 
         return exchange(self.url, method, target, body, self._key, self._timeout_s)
 
-    def _checked(self, status: int, body: bytes) -> bytes:
+    def _checked(self, status: int, body: bytes, hint: str = "") -> bytes:
+        """`hint`: where the router has none."""
         if status == 200:
             return body
         try:
@@ -102,11 +119,24 @@ class RouterLink:
         except UNDECODABLE:
             problem = replies.Problem(f"HTTP {status}")
         if status == 401:
-            hint = f"give an administrator's key: {KEY_VARIABLE}, or --key-file PATH"
-            raise Refused(f"the router at {self.url} wants an API key", hint)
+            wrong = "does not know the API key that was given" if self._key else "wants an API key"
+            raise Refused(f"the router at {self.url} {wrong}", _ADMIN)
         if status == 404 and not problem.hint:
-            raise PeerError(f"what answers at {self.url} is no kvd-router", "check the URL: is it a worker's?")
-        raise Refused(f"the router at {self.url} refused: {problem.message}", problem.hint)
+            raise self._no_router()
+        raise Refused(f"the router at {self.url} refused: {problem.message}", problem.hint or hint)
+
+    def _decoded(self, kind: type[R], body: bytes) -> R:
+        try:
+            said = msgspec.json.decode(body, type=kind)
+        except UNDECODABLE as error:
+            hint = "install the same version of kvd on both sides"
+            raise PeerError(f"the router's answer is not understood: {error}", hint) from error
+        if not said.pid:  # every field has a default, so any JSON object would do
+            raise self._no_router()
+        return said
+
+    def _no_router(self) -> PeerError:
+        return PeerError(f"what answers at {self.url} is no kvd-router", "check the URL: is it a worker's?")
 
 
 def router_at(url: str, key_file: Path | None) -> RouterLink:
@@ -140,11 +170,3 @@ def _check_text(given: str) -> None:
         given.encode()
     except UnicodeEncodeError as error:
         raise KvdError(f"{given!r} is no text", "URLs and ids are UTF-8") from error
-
-
-def _decoded(kind: type[R], body: bytes) -> R:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except UNDECODABLE as error:
-        hint = "install the same version of kvd on both sides"
-        raise PeerError(f"the router's answer is not understood: {error}", hint) from error

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from kvd.ctl.router import summed
 from kvd.ctl.router.figures import ABSENT, cached, has, seconds
 from kvd.ctl.router.link import RouterLink
-from kvd.ctl.terminal import show_facts, show_json, show_table, span
+from kvd.ctl.terminal import several, show_facts, show_json, show_table, span
 from kvd.errors import Refused
 from kvd.router.pages import replies
 
@@ -56,7 +56,7 @@ def _facts(made: replies.Decision) -> Iterator[tuple[str, str]]:
     yield "request", f"{made.request}, {span(made.age_s)} ago: a prompt of {length}"
     if made.unknown:
         yield "no prefix", f"its tokens are not known, so it went by load alone ({made.unknown})"
-    yield "went to", f"{made.worker} (policy {made.policy}, {made.candidates} candidates)"
+    yield "went to", f"{made.worker} (policy {made.policy}, {several(made.candidates, 'candidate')})"
     yield "why", made.why
     predicted, actual = made.predicted_ttft_s, made.actual_ttft_s
     yield "predicted", f"{seconds(predicted)} to the first token" if predicted is not None else "not by this policy"

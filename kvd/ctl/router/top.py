@@ -1,6 +1,5 @@
 """`kvdctl top`: the router's workers and what its cache does for it, once a second."""
 
-import sys
 import time
 from collections.abc import Iterator
 from typing import Annotated, Final
@@ -10,7 +9,17 @@ import typer
 from kvd.ctl.router import summed
 from kvd.ctl.router.figures import ABSENT, lost, mean, missing
 from kvd.ctl.router.link import DEFAULT_URL, KeyFileOption, RouterLink, RouterOption, router_at
-from kvd.ctl.terminal import JsonOption, percent, printable, reporting, show_facts, show_json, show_table
+from kvd.ctl.terminal import (
+    JsonOption,
+    on_terminal,
+    percent,
+    printable,
+    reporting,
+    several,
+    show_facts,
+    show_json,
+    show_table,
+)
 from kvd.errors import KvdError
 from kvd.router.pages import replies
 
@@ -20,6 +29,10 @@ _COLUMNS: Final = (
     "worker", "state", "running", "queued", "tokens queued", "requests/s", "hit rate", "predicted", "first token",
     "credit",
 )  # fmt: skip
+_NONE_COUNTED: Final = (
+    "none yet whose tokens are known and whose engine said what was cached (credit: kvdctl worker list; SGLang: "
+    "--enable-cache-report)"
+)
 
 OnceOption = Annotated[bool, typer.Option("--once", help="Show one table and exit.")]
 
@@ -70,11 +83,11 @@ def _watch(link: RouterLink, workers: replies.Workers, ledger: replies.Ledger) -
     trouble = ""
     try:
         while True:
-            print(_CLEAR if sys.stdout.isatty() else "", end="")
+            print(_CLEAR if on_terminal() else "", end="")
             _show(link, workers, ledger)
             if trouble:
                 print(f"\n{printable(trouble)}")
-            sys.stdout.flush()
+            print(end="", flush=True)
             time.sleep(_EVERY_S)
             try:
                 workers, ledger = _asked(link)
@@ -95,13 +108,13 @@ def _show(link: RouterLink, workers: replies.Workers, ledger: replies.Ledger) ->
 
 
 def _facts(link: RouterLink, workers: replies.Workers, ledger: replies.Ledger) -> Iterator[tuple[str, str]]:
-    several = f", {workers.processes} processes" if workers.processes > 1 else ""
-    yield "router", f"kvd-router {workers.version} at {link.url}, policy {workers.policy}{several}"
-    yield "waiting", f"{workers.waiting:,} requests in its queue"
+    shared = f", {workers.processes} processes" if workers.processes > 1 else ""
+    yield "router", f"kvd-router {workers.version} at {link.url}, policy {workers.policy}{shared}"
+    yield "waiting", f"{several(workers.waiting, 'request')} in its queue"
     if not ledger.requests:
-        yield "prompts", "no engine has said yet how much was cached"
+        yield "prompts", _NONE_COUNTED
         return
-    yield "prompts", f"{ledger.tokens:,} tokens of {ledger.requests:,} requests"
+    yield "prompts", f"{ledger.tokens:,} tokens of {several(ledger.requests, 'request')}"
     yield "available", f"{ledger.available:,} tokens, {percent(ledger.available, ledger.tokens)} of them"
     yield "achieved", f"{ledger.achieved:,} tokens, {percent(ledger.achieved, ledger.available)} of those available"
     yield "lost to", lost(ledger)
@@ -115,9 +128,17 @@ def _row(worker: replies.Worker) -> tuple[object, ...]:
         worker.running,
         worker.queued,
         worker.queued_tokens,
-        f"{lately.requests / lately.within_s:.1f}" if lately.within_s else ABSENT,
+        _rate(lately),
         percent(lately.cached_tokens, lately.tokens),
         mean(lately.predicted_ttft_s, lately.timed),
         mean(lately.actual_ttft_s, lately.timed),
         "yes" if worker.credit else f"no: {missing(worker)}",
     )
+
+
+def _rate(lately: replies.Recent) -> str:
+    """A second; two a minute are not none."""
+    if not lately.within_s:
+        return ABSENT
+    rate = lately.requests / lately.within_s
+    return f"{rate:.2g}" if 0.0 < rate < 0.1 else f"{rate:.1f}"

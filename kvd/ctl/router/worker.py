@@ -79,7 +79,7 @@ def add(
     \b
     Exit status: 0 done, 1 the router refused, 2 wrong usage, 3 no router reachable.
     """
-    _change("add", url, router, key_file, as_json, f"{url} joins")
+    _change("add", url, router, key_file, as_json, "joins")
 
 
 @app.command("drain")
@@ -97,7 +97,7 @@ def drain(
     \b
     Exit status: 0 done, 1 the router refused, 2 wrong usage, 3 no router reachable.
     """
-    _change("drain", url, router, key_file, as_json, f"{url} gets nothing new, and leaves when it has nothing left")
+    _change("drain", url, router, key_file, as_json, "gets nothing new, and leaves when it has nothing left")
 
 
 @app.command("remove")
@@ -115,19 +115,20 @@ def remove(
     \b
     Exit status: 0 done, 1 the router refused, 2 wrong usage, 3 no router reachable.
     """
-    _change("remove", url, router, key_file, as_json, f"{url} is gone")
+    _change("remove", url, router, key_file, as_json, "is gone")
 
 
 def _change(what: str, url: str, router: str, key_file: KeyFileOption, as_json: bool, done: str) -> None:
+    url = url if "://" in url else f"http://{url}"  # as --router may be written
     with reporting(as_json):
         router_at(router, key_file).change(what, url)
         if as_json:
             show_json({"worker": url, "done": what})
         else:
-            print(printable(f"{done}."))
+            print(printable(f"{url} {done}."))
 
 
 def _row(one: replies.Worker) -> tuple[object, ...]:
     credit, what = "yes" if one.credit else "no", missing(one) or ABSENT
-    remedy = f" -> {one.remedy}" if one.remedy else ""
+    remedy = f" -> {one.remedy}" if one.remedy and not one.health else ""  # it is for `why`
     return one.name, one.state, one.model or "?", one.node or ABSENT, one.running, one.queued, credit, what + remedy

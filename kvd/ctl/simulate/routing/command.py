@@ -12,10 +12,18 @@ from kvd.ctl.simulate.routing.measure import Figures, measure
 from kvd.ctl.simulate.traces import prompts
 from kvd.ctl.terminal import JsonOption, reporting, show_json, show_table
 
-_COLUMNS = ("policy", "TTFT mean", "p50", "p90", "p99", "ITL mean", "p50", "p90", "p99", "block hits", "imbalance")
+_COLUMNS = (
+    "policy", "TTFT s: mean", "p50", "p90", "p99", "ITL s: mean", "p50", "p90", "p99", "block hits", "imbalance",
+)  # fmt: skip
+_POLICY = "kvd,random"
 
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, max=512, help="How many, all alike.")]
-PolicyOption = Annotated[str, typer.Option("--policy", help=f"Any of {', '.join(POLICIES)}, with commas.")]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", help=f"Any of {', '.join(POLICIES)}, with commas. By default {_POLICY}.", show_default=False
+    ),
+]
 CompareOption = Annotated[bool, typer.Option("--compare", help="All policies.")]
 LoadOption = Annotated[
     float, typer.Option("--load", min=0.01, max=10.0, help="How fast requests come, by what the fleet can do at best.")
@@ -31,7 +39,7 @@ SeedOption = Annotated[
 def command(
     trace: TraceOption,
     workers: WorkersOption = 8,
-    policy: PolicyOption = "kvd,random",
+    policy: PolicyOption = None,
     compare: CompareOption = False,
     load: LoadOption = 0.9,
     requests: RequestsOption = None,
@@ -57,7 +65,9 @@ def command(
     \b
     Exit status: 0 done, 1 the trace cannot be read, contradicts itself or has too long prompts, 2 wrong usage.
     """
-    chosen = list(POLICIES) if compare else names(policy, POLICIES, "--policy")
+    if compare and policy is not None:
+        raise typer.BadParameter("give policies, or --compare for all of them", param_hint="--policy")
+    chosen = list(POLICIES) if compare else names(_POLICY if policy is None else policy, POLICIES, "--policy")
     with reporting(as_json):
         replayed = prompts(trace, requests)
         engine = next(iter(ENGINES.values()))
