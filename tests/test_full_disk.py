@@ -68,6 +68,7 @@ def test_the_nvme_tier_lives_with_the_room_that_it_has(device: Device, tmp_path:
         assert daemon.faults() == []
 
 
+@pytest.mark.slow  # it tries again after half a minute
 def test_the_shared_tier_reads_on_and_writes_again_when_there_is_room(device: Device, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     settings = {"shared__uri": device.mount_point / "tier", "shared__node": "n", "shared__write_delay_s": 0.05}
