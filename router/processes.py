@@ -21,6 +21,7 @@ from kvd.router.settings import RouterSettings
 log = logging.getLogger("kvd.router")
 BACKLOG: Final = 2048
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_STOPS: Final = (signal.SIGTERM, signal.SIGINT)
 
 Run = Callable[[RouterSettings, socket.socket, int | None], None]  # with what to write to once clients are served
 
@@ -73,7 +74,7 @@ def watch(settings: RouterSettings, sock: socket.socket, run: Run) -> int:
             with suppress(ProcessLookupError):  # it has ended, and is just being noticed
                 os.kill(child, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPS:
         signal.signal(number, forward)
     if _all_ready(heard, len(children)):
         systemd.notify(f"READY=1\nSTATUS={len(children)} processes")
@@ -81,12 +82,13 @@ def watch(settings: RouterSettings, sock: socket.socket, run: Run) -> int:
     while children:
         child, status = os.wait()
         children.discard(child)
-        failed |= status
+        if not (stopping and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _STOPS):  # it had not yet begun
+            failed |= status
         if not stopping:
             log.error("process %d ended by itself: so do the others", child)
             failed = 1
             forward(signal.SIGTERM, None)
-    for number in (signal.SIGTERM, signal.SIGINT):  # one more would make a clean stop look like none
+    for number in _STOPS:  # one more would make a clean stop look like none
         signal.signal(number, signal.SIG_IGN)
     return 1 if failed else 0
 

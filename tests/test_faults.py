@@ -14,12 +14,9 @@ import pytest
 
 from kvd import wire
 from kvd.client import Link
-from kvd.daemon.requests import MAX_NAMESPACES
 from kvd.errors import PeerError, Unavailable
 from kvd.leasetable import LeaseTable, LeaseTableReader
-from kvd.sidecar import shelves, weightwatch
 from tests.harness import Daemon, PluginProcess, eventually, reattached, span
-from tests.plugin_process import Worker
 
 DEADLINE_S = 2.0 + 0.5  # a call's own, and the noise of a busy machine
 
@@ -333,78 +330,3 @@ def test_a_worker_that_runs_out_of_descriptors_misses_and_lives(worker: PluginPr
     reattached(worker)
     assert worker.do("put", keys=keys) == [True] * 4
     assert worker.do("take", keys=keys) == ["right"] * 4
-
-
-# -- weights change ----------------------------------------------------------------------------------------------
-
-
-def test_pages_of_weights_that_are_being_replaced_are_nobodys(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang flushes what it holds when an update ends; until then writes of older pages may still come."""
-    monkeypatch.setattr(weightwatch, "_updates", 0)
-    worker, keys = Worker(str(daemon.socket)), span(4)
-    try:
-        assert worker.wait()
-        assert worker.put(keys) == [True] * 4
-
-        def update() -> None:
-            assert worker.plugin.batch_exists(keys) == 0
-            time.sleep(0.1)  # the session's thread has looked at it
-            assert not worker.plugin.ready
-            assert worker.put(keys) == [False] * 4
-
-        weightwatch.update(update)
-        assert worker.plugin.batch_exists(keys) == 0
-        eventually(lambda: worker.plugin.ready, 10)
-        assert worker.plugin.batch_exists(keys) == 0
-        assert worker.put(keys) == [True] * 4
-        assert worker.take(keys) == ["right"] * 4
-    finally:
-        worker.plugin.close()
-
-
-def test_weights_may_change_more_often_than_a_session_takes_namespaces(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weightwatch, "_updates", 0)
-    worker, keys = Worker(str(daemon.socket)), span(4)
-    try:
-        for _ in range(MAX_NAMESPACES // 2 + 2):  # pieces and flat pages have a namespace each
-            eventually(lambda: worker.plugin.ready, 10)
-            weightwatch.update(lambda: None)
-            assert worker.plugin.batch_exists(keys) == 0
-        eventually(lambda: worker.plugin.ready, 10)
-        assert worker.put(keys) == [True] * 4
-        assert worker.take(keys) == ["right"] * 4
-        assert worker.plugin.stats()["attached"] > 1
-    finally:
-        worker.plugin.close()
-
-
-def test_a_shelf_that_is_still_in_use_never_takes_its_successors_number(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call that began before the session started over holds the old shelf; its number is another namespace's now."""
-    monkeypatch.setattr(weightwatch, "_updates", 0)
-    monkeypatch.setattr(shelves, "_MOST_SPECS", 2)
-    worker, keys = Worker(str(daemon.socket)), span(4)
-    try:
-        assert worker.wait()
-        assert worker.put(keys) == [True] * 4
-        old = worker.plugin._shelf("kv")
-        assert old is not None
-        assert old.has(keys) == 4
-        weightwatch.update(lambda: None)
-        eventually(lambda: worker.plugin.ready, 10)
-        new = worker.plugin._shelf("kv")
-        assert new is not None
-        assert new._ns == old._ns
-        view = worker.plugin._view("kv")
-        assert view is not None
-        assert old.has(keys) == 0
-        assert old.take(keys, view, range(4)) == [False] * 4
-        assert not old.put(span(4, conversation=1), view, range(4))
-        assert new.has(span(4, conversation=1)) == 0
-        assert worker.put(keys) == [True] * 4
-        assert worker.take(keys) == ["right"] * 4
-    finally:
-        worker.plugin.close()

@@ -1,14 +1,19 @@
 """One router has a port, whatever its processes are; and it says how it stops."""
 
+import http.client
+import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.harness import eventually
+from tests.router_answers import CHAT, chat_text, counted, payloads, unchunked
 from tests.router_harness import MockWorker, Router, post, until
 
 HELD = {"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 2}}
@@ -63,6 +68,12 @@ def test_several_processes_share_the_port_and_say_who_speaks(worker: MockWorker,
         eventually(all_answered)
     said = router.log.read_text()
     assert all(f"[{pid}]: stopped" in said for pid in answered), said
+
+
+def test_who_is_stopped_while_it_starts_has_stopped_well(worker: MockWorker, tmp_path: Path) -> None:
+    """One process serves already, the others may not have come so far as to hear of it in their own way."""
+    for _ in range(3):
+        Router(tmp_path, worker.url, listen__processes=4).stop()
 
 
 def test_where_the_one_that_watches_is_killed_the_others_leave_the_port(worker: MockWorker, tmp_path: Path) -> None:
@@ -123,3 +134,69 @@ def test_help_says_what_repeats_and_how_it_ends() -> None:
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "once for each" in " ".join(said.split())
     assert "78 when a setting is wrong" in " ".join(said.split())
+
+
+def kept(port: int, stop: threading.Event) -> int:
+    """Answers to a client that keeps its connection, and is never cut off on one that has been of use."""
+    done = 0
+    while not stop.is_set():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        used = False
+        try:
+            while not stop.is_set():
+                connection.request(
+                    "POST", "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 1, "stream": False})
+                )
+                answer = connection.getresponse()
+                assert (answer.status, bool(answer.read())) == (200, True)
+                done += 1
+                if answer.will_close:
+                    break
+                used = True
+        except ConnectionError:
+            assert not used, "it was told that it may go on"
+        finally:
+            connection.close()
+    return done
+
+
+def test_a_router_restarts_under_load(tmp_path: Path) -> None:
+    """The new one listens before the old one stops; what the old one had begun it ends."""
+    with MockWorker() as first, MockWorker() as second:
+        for worker in (first, second):
+            worker.set(pace_s=0.02)
+        taken_over(tmp_path, first, second)
+
+
+def taken_over(tmp_path: Path, *workers: MockWorker) -> None:
+    urls = [worker.url for worker in workers]
+    old = Router(tmp_path, *urls)
+    stop = threading.Event()
+
+    def load(n: int) -> int:
+        done = 0
+        if n % 2:
+            return kept(old.port, stop)
+        while not stop.is_set():
+            try:
+                reply = old.talk(post("/v1/chat/completions", CHAT | {"max_tokens": 10}, "connection: close"), 10)
+            except ConnectionError:
+                continue
+            if reply:  # a connection may be refused or reset while it is made; an answer that began is ended
+                assert chat_text(payloads(unchunked(reply))) == counted(4, 13)
+                done += 1
+        return done
+
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(load, n) for n in range(16)]
+        try:
+            eventually(lambda: sum(len(worker.requests) for worker in workers) > 32)
+            with Router(tmp_path, *urls, port=old.port, take_over=True) as new:
+                old.stop()
+                before = new.metrics()["requests_total"]
+                eventually(lambda: new.metrics()["requests_total"] > before + 32)
+                stop.set()
+                assert all(one.result(10) > 0 for one in running)
+        finally:
+            stop.set()
+            old.stop()

@@ -1,22 +1,17 @@
 """Streams through the router: at once, untouched, cancelled when nobody listens, and whole although a worker dies."""
 
 import contextlib
-import http.client
 import json
 import socket
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness import eventually
+from tests.router_answers import CHAT, ask, chat_text, counted, payloads, unchunked
 from tests.router_harness import MockWorker, Router, accepted, drain, post, until
-
-CHAT = {"model": "mock", "stream": True, "messages": [{"role": "user", "content": "one two three"}]}
-
 
 # Each request goes to the worker that was chosen longer ago: the default may well send all of them to one.
 ALTERNATE = {"routing__policy": "least_busy"}
@@ -61,41 +56,6 @@ def mortal(tmp_path: Path) -> Iterator[tuple[Router, Pair]]:
     """A router of its own, and workers that may be killed."""
     with MockWorker() as first, MockWorker() as second, Router(tmp_path, first.url, second.url, **ALTERNATE) as router:
         yield router, (first, second)
-
-
-def unchunked(reply: bytes) -> bytes:
-    """The body of one chunked answer; what is cut short fails."""
-    head, _, rest = reply.partition(b"\r\n\r\n")
-    if b"transfer-encoding: chunked" not in head:
-        return rest
-    body = b""
-    while True:
-        size, _, rest = rest.partition(b"\r\n")
-        n = int(size, 16)
-        assert len(rest) >= n + 2, "cut"
-        body, rest = body + rest[:n], rest[n + 2 :]
-        if n == 0:
-            assert not rest
-            return body
-
-
-def payloads(body: bytes) -> list[Any]:
-    events = [event for event in body.split(b"\n\n") if event]
-    data = [line[6:] for event in events for line in event.split(b"\n") if line.startswith(b"data: ")]
-    return [one.decode() if one == b"[DONE]" else json.loads(one) for one in data]
-
-
-def ask(router: Router, path: str, body: object) -> list[Any]:
-    """All events of a stream."""
-    return payloads(unchunked(router.talk(post(path, body, "connection: close"), 10)))
-
-
-def chat_text(events: list[Any]) -> str:
-    return "".join(choice["delta"].get("content") or "" for event in events[:-1] for choice in event["choices"])
-
-
-def counted(first: int, last: int) -> str:
-    return "".join(f" w{n}" for n in range(first, last + 1))
 
 
 def test_an_event_arrives_before_the_next_is_made(router: Router, workers: Pair) -> None:
@@ -349,64 +309,3 @@ def test_two_hundred_streams_at_once(workers: Pair, tmp_path: Path, processes: i
             with sock:
                 body = unchunked(until(sock, b"0\r\n\r\n"))
                 assert chat_text(payloads(body)) == counted(n + 2, n + 21)
-
-
-def kept(port: int, stop: threading.Event) -> int:
-    """Answers to a client that keeps its connection, and is never cut off on one that has been of use."""
-    done = 0
-    while not stop.is_set():
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        used = False
-        try:
-            while not stop.is_set():
-                connection.request(
-                    "POST", "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 1, "stream": False})
-                )
-                answer = connection.getresponse()
-                assert (answer.status, bool(answer.read())) == (200, True)
-                done += 1
-                if answer.will_close:
-                    break
-                used = True
-        except ConnectionError:
-            assert not used, "it was told that it may go on"
-        finally:
-            connection.close()
-    return done
-
-
-def test_a_router_restarts_under_load(workers: Pair, tmp_path: Path) -> None:
-    """The new one listens before the old one stops; what the old one had begun it ends."""
-    for worker in workers:
-        worker.set(pace_s=0.02)
-    urls = [worker.url for worker in workers]
-    old = Router(tmp_path, *urls)
-    stop = threading.Event()
-
-    def load(n: int) -> int:
-        done = 0
-        if n % 2:
-            return kept(old.port, stop)
-        while not stop.is_set():
-            try:
-                reply = old.talk(post("/v1/chat/completions", CHAT | {"max_tokens": 10}, "connection: close"), 10)
-            except ConnectionError:
-                continue
-            if reply:  # a connection may be refused or reset while it is made; an answer that began is ended
-                assert chat_text(payloads(unchunked(reply))) == counted(4, 13)
-                done += 1
-        return done
-
-    with ThreadPoolExecutor(16) as pool:
-        running = [pool.submit(load, n) for n in range(16)]
-        try:
-            eventually(lambda: sum(len(worker.requests) for worker in workers) > 32)
-            with Router(tmp_path, *urls, port=old.port, take_over=True) as new:
-                old.stop()
-                before = new.metrics()["requests_total"]
-                eventually(lambda: new.metrics()["requests_total"] > before + 32)
-                stop.set()
-                assert all(one.result(10) > 0 for one in running)
-        finally:
-            stop.set()
-            old.stop()

@@ -116,6 +116,7 @@ class SharedFiles:
         with self.lock:
             self.sizes.pop(path, None)
             self.postponed.pop(path, None)
+            self.undeletable.discard(path)
             if path in self.copies.files:
                 self.changes.left(self.copies.withdraw(path))
             if self.graves.pop(path, None) is not None:
@@ -195,10 +196,10 @@ class SharedFiles:
             except OSError as error:
                 if not is_refusal(error):
                     raise
-                self.counters["undeletable"] += path not in self.undeletable
-                self.undeletable.add(path)
+                with self.lock:
+                    self.counters["undeletable"] += path not in self.undeletable
+                    self.undeletable.add(path)
                 return False
-        self.undeletable.discard(path)
         self.forget(path)
         return True
 

@@ -45,7 +45,7 @@ def _tier(tier: wire.TierStatus) -> Finding:
             message = f"nothing new is written: {what}; what it has is still read"
             return Finding(tier.name, "yellow", message, "give the user of kvd that right; kvd tries again by itself")
     if tier.counters.get("disk_full", 0):
-        message = f"its disk had no room for more than {size(tier.bytes_total)}; older pages leave for new ones"
+        message = f"its disk has no room for more: it holds {size(tier.bytes_used)} of {size(tier.bytes_total)}"
         return Finding(tier.name, "yellow", message, "make room on the disk, or lower the tier's size_bytes")
     waiting = tier.counters.get("waiting_to_be_written", 0)
     full = f"{size(tier.bytes_used)} of {size(tier.bytes_total)} ({percent(tier.bytes_used, tier.bytes_total)})"
