@@ -24,6 +24,8 @@ from kvd.wire.stream import TOPIC, Head, Run, pack_hashes
 
 _HEADS: Final = 1024  # that are remembered as bytes and decoded
 _HASH_BYTES: Final = 8
+_OBJECT_BYTES: Final = 160  # of memory, about, that a change or a run takes besides its bytes
+_OWN: Final = 10  # as much as so many of them, a batch with its head
 
 
 class Kept(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
@@ -48,6 +50,12 @@ class Brief(NamedTuple):
 
     head: Head
     changes: Sequence[Change]
+    encoded: int  # bytes of its frame
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes of memory it takes: small changes take far more than they have bytes."""
+        return self.encoded + _OBJECT_BYTES * (_OWN + sum([1 + len(_hashes(change)) for change in self.changes]))
 
 
 class _Packed(msgspec.Struct, array_like=True, gc=False):
@@ -86,7 +94,7 @@ class Briefs:
         for change in packed.changes:
             if any([len(hashes) % _HASH_BYTES for hashes in _hashes(change)]):
                 raise PeerError("a hash of another length than 8 bytes")
-        return message[0], Brief(head, packed.changes)
+        return message[0], Brief(head, packed.changes, len(first))
 
     def _remember(self, raw: bytes) -> Head:
         if len(self._heads) >= _HEADS:

@@ -45,7 +45,7 @@ async def serve(settings: DaemonSettings, inherited: dict[str, int]) -> None:
             async with asyncio.TaskGroup() as group:
                 jobs = [
                     group.create_task(job(), name=job.__name__)
-                    for job in (shell.tick, shell.prefault, shell.follow_workers)
+                    for job in (shell.tick, shell.prefault, shell.follow_workers, shell.remember_pins)
                 ]
                 log.info("kvd %s ready in %s, arena %s", __version__, settings.run_dir, room.memory.name)
                 systemd.notify(f"READY=1\nSTATUS={len(room.node.residency)} pages warm")

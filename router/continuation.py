@@ -43,6 +43,7 @@ _FIELDS: Mapping[str, Mapping[str, object]] = {
 }  # fmt: skip
 # What a request may generate when it does not say: SGLang 0.5.23, sampling_params.py and openai/protocol.py.
 _LIMIT = {"generate": ("max_new_tokens", 128), "completions": ("max_tokens", 16)}
+_MOST_HELD = 1 << 20  # bytes of a rest that does not tell how it is to be told: much more than two first events
 
 
 class CannotContinue(KvdError):
@@ -116,8 +117,6 @@ def _rest_of_generate(request: dict[str, Any], so_far: Transcript) -> dict[str, 
         raise CannotContinue("several prompts")
     _same_whatever_came_before(sampling, _FIELDS["sampling_params"])
     _no_stop_begun(sampling.get("stop"), so_far.text)
-    if so_far.whole_text is None:
-        raise CannotContinue("one event does not tell whether each repeats the text")
     name, usual = _LIMIT["generate"]
     sampling = {name: usual} | sampling
     sampling |= _fewer(sampling, (name, "min_new_tokens"), so_far.tokens)
@@ -169,7 +168,11 @@ def _no_stop_begun(stop: Any, text: str) -> None:
 
 
 class Splice:
-    """The new worker's events as the rest of the old stream: same ids, one count, one text."""
+    """The new worker's events as the rest of the old stream: same ids, one count, one text.
+
+    Whether each event of /generate repeats the text, one alone does not tell. Where the old stream had only one, the
+    first of the rest waits for its second.
+    """
 
     def __init__(self, so_far: Transcript, counted: int | None) -> None:
         self._stream = so_far.stream
@@ -177,9 +180,25 @@ class Splice:
         self._text, self._ids = so_far.text, list(so_far.ids or ())
         self._whole_text = so_far.whole_text
         self._tokens = so_far.tokens if so_far.tokens is not None else counted  # None: nobody asked
+        untold = so_far.stream == "generate" and so_far.whole_text is None and bool(so_far.ids)
+        self._rest = Transcript("generate") if untold else None  # until it tells
+        self._held = b""
 
-    def translate(self, events: bytes) -> bytes:
-        """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better."""
+    def translate(self, events: bytes, whole: bool = False) -> bytes:
+        """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better.
+
+        `whole`: no more will come. Raises CannotContinue where it never becomes clear how the rest is to be told.
+        """
+        if self._rest is not None:
+            self._held += events
+            self._rest.feed(events)
+            self._rest.read()
+            if self._rest.whole_text is None:
+                ended = whole or self._rest.finished or self._rest.done or self._rest.odd
+                if ended or len(self._held) > _MOST_HELD:
+                    raise CannotContinue("one event does not tell whether each repeats the text")
+                return b""
+            events, self._whole_text, self._rest = self._held, self._rest.whole_text, None
         return b"".join(self._event(data) for data in payloads(events))
 
     def _event(self, data: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """The sockets through which a router follows one node's stream, for its view of the node.
 
 Subscribes before it asks for a snapshot. Each request goes over a socket of its own: what comes late of an earlier one
-is nobody's. What a node sends that cannot be read is counted and makes a gap, which heals like any other.
+is nobody's. What a node sends that cannot be read is counted: a batch makes a gap, which heals like any other; for a
+part of a snapshot all of it is asked for anew.
 """
 
 import logging
@@ -87,7 +88,10 @@ class Follow:
                 self._end_answers()
                 self.view.replay_ended(self._now)
         except PeerError as error:
+            self.view.spoilt(self._now)
             self._blame(error)
+        if len(frames) == _PART_FRAMES and not self.view.loading:
+            self._end_answers()  # what may still come is of no use
 
     def _blame(self, error: PeerError) -> None:
         if not self.unreadable:

@@ -17,16 +17,16 @@ from typing import NamedTuple, Protocol
 from kvd import wire
 from kvd.brief import Brief, Gone, Kept
 from kvd.errors import PeerError
-from kvd.router.numbering import Numbering, Place
+from kvd.router.early import Early
+from kvd.router.numbering import Numbering
+from kvd.router.sources import Identity, Known, Sources
 
 SILENT_S = 5.0  # the node says something every second
 ASK_AGAIN_S = 3.0
-MOST_SOURCES = 4096
-_MOST_EARLY = 4096  # batches that wait for what comes before them
-_MOST_PARTS = 1024  # parts of a snapshot that do
-_NOTHING: Mapping[str, int] = {}
-
-Identity = tuple[str, int, str]
+_MOST_WAITING = 128 << 20  # bytes of parts of a snapshot, while batches before them are missing: millions of blocks
+_RUN_BYTES = 160  # of memory, about, that a run takes besides its hashes
+_SPOILT_PAUSE_S = 300.0  # at most, before a snapshot is asked for again that could not be read
+_SPOILT = "a part of its snapshot could not be read: is its kvd of this release? it is asked anew, ever less often"
 
 
 class Index(Protocol):
@@ -44,13 +44,6 @@ class Ask(NamedTuple):
     request: int
 
 
-class Known(NamedTuple):
-    """A source, and what its node does not know of it; "" where that is exact."""
-
-    source: wire.Source
-    why: str
-
-
 class _Snapshot(Enum):
     NEEDED = "no snapshot has come yet"
     COMING = "a snapshot is coming in"
@@ -64,26 +57,38 @@ class View:
         self.node = ""
         self.epoch: int | None = None
         self.seq = -1
-        self.sources: dict[Identity, Known] = {}
-        self.speeds: Sequence[wire.Speed] = ()  # of the node's tiers
         self.snapshots = self.replays = 0  # asked for
-        self.crowded = False  # a source found no room: some of those that are here may be gone
         self._index = index
-        self._holders = holders
-        self._numbers: dict[Identity, dict[str, int]] = {}  # of the holders, by medium
+        self._told = Sources(holders)
         self._head: wire.Head | None = None  # of the last batch, while what it says of its source is known
         self._identity: Identity = ("", 0, "")
-        self._early: dict[int, Brief] = {}
+        self._early = Early()
         self._parts: list[wire.SnapshotPart] = []
+        self._waiting = 0  # bytes of memory that they take
         self._state = _Snapshot.NEEDED
         self._asked_at = self._heard_at = -1e9
         self._asked_from = -1  # the last replay
         self._request = 0  # the snapshot whose parts are taken; 0: of none
+        self._pause_s = ASK_AGAIN_S  # before a snapshot is asked for again; doubled each time that one is spoilt
+
+    @property
+    def sources(self) -> Mapping[Identity, Known]:
+        return self._told.known
+
+    @property
+    def speeds(self) -> Sequence[wire.Speed]:
+        """Of the node's tiers."""
+        return self._told.speeds
+
+    @property
+    def crowded(self) -> bool:
+        """See kvd.router.sources."""
+        return self._told.crowded
 
     def why(self, now: float) -> str:
         """Why this view is not exact; "" where it is."""
         if self._state is not _Snapshot.DONE:
-            return str(self._state.value)
+            return str(self._state.value) if self._pause_s == ASK_AGAIN_S else _SPOILT
         if self._gap:
             return f"batches from {self.seq + 1} on are missing"
         if now - self._heard_at > SILENT_S:
@@ -92,7 +97,7 @@ class View:
 
     def ask(self, now: float) -> Ask | None:
         """What to ask the node for now; it is asked again where nothing comes of it."""
-        if now - self._asked_at < ASK_AGAIN_S:
+        if now - self._asked_at < (self._pause_s if self._state is _Snapshot.NEEDED else ASK_AGAIN_S):
             return None
         if self._gap or (self._state is _Snapshot.DONE and now - self._heard_at > SILENT_S):
             self._asked_at, self._asked_from = now, self.seq
@@ -128,8 +133,8 @@ class View:
             self.seq = seq
             self._apply(batch)
             return
-        if seq > self.seq and len(self._early) < _MOST_EARLY:
-            self._early[seq] = batch
+        if seq > self.seq:
+            self._early.put(seq, batch, due=seq == self.seq + 1)
         self._go_on()
 
     def part(self, part: wire.SnapshotPart, now: float) -> None:
@@ -145,8 +150,22 @@ class View:
             self._early.clear()
         self._parts.append(part)
         self._go_on()
-        if len(self._parts) > _MOST_PARTS:
+        self._waiting = self._waiting + _weight(part) if self._parts else 0
+        if self._waiting > _MOST_WAITING:
             self._start_over()
+
+    @property
+    def loading(self) -> bool:
+        """Parts of the snapshot that was asked for last are still wanted."""
+        return self._request != 0
+
+    def spoilt(self, now: float) -> None:
+        """A part of the snapshot that comes in cannot be read: without it more would seem known than is. So none of
+        it counts, and all is asked for anew, ever less often: each time the node sends everything. Else a no-op."""
+        if self._request:
+            self._start_over()
+            self._asked_at = now
+            self._pause_s = min(2 * self._pause_s, _SPOILT_PAUSE_S)
 
     def replay_ended(self, now: float) -> None:
         """All that the node could repeat has come. No sign of life by itself: it does not say of which life it is."""
@@ -164,7 +183,7 @@ class View:
     def _gap(self) -> bool:
         """The next batch is needed, and others came before it."""
         if self._state is _Snapshot.DONE:
-            return bool(self._early)
+            return self._early.latest > self.seq
         return self._state is _Snapshot.COMING and bool(self._parts)
 
     def _start_over(self) -> None:
@@ -178,7 +197,7 @@ class View:
             if self._parts and (self._state is _Snapshot.NEEDED or self._parts[0].seq == self.seq):
                 self._apply_part(self._parts.pop(0))
             elif self._parts and self._parts[0].seq < self.seq:
-                self._start_over()
+                self.spoilt(self._heard_at)
                 raise PeerError("parts of a snapshot out of order")
             elif (self._parts or self._state is _Snapshot.DONE) and self.seq + 1 in self._early:
                 self.seq += 1
@@ -190,32 +209,33 @@ class View:
         if self._state is _Snapshot.NEEDED:
             self._drop_all()
             self.node, self.seq, self._state = part.node, part.seq, _Snapshot.COMING
-            self._early = {seq: batch for seq, batch in self._early.items() if seq > part.seq}
+            self._early.drop_through(part.seq)
         if part.source is None:
-            self._state, self._request = _Snapshot.DONE, 0
+            self._state, self._request, self._pause_s = _Snapshot.DONE, 0, ASK_AGAIN_S
             return
         self._head = None
-        identity = self._meet(part.source, part.why)
-        number = self._number(identity, part.medium) if part.runs else None
+        identity = self._told.meet(part.source, part.why)
+        number = self._told.number(self.node, identity, part.medium) if part.runs else None
         if number is None:
             return
         try:
             runs = wire.unpack_runs(part.runs)
         except ValueError as error:
+            self.spoilt(self._heard_at)
             raise PeerError(f"a run of hashes: {error}") from error
         self._index.store_all(number, runs)
 
     def _apply(self, batch: Brief) -> None:
         head = batch.head
         if head is not self._head:
-            self._identity, self._head = self._meet(head.source, head.why), head
+            self._identity, self._head = self._told.meet(head.source, head.why), head
         for change in batch.changes:
             if isinstance(change, Kept):
-                number = self._number(self._identity, change.medium)
+                number = self._told.number(self.node, self._identity, change.medium)
                 if number is not None:
                     self._index.store_all(number, wire.unpack_runs(change.runs))
                 continue
-            held = self._numbers.get(self._identity, _NOTHING)
+            held = self._told.held(self._identity)
             if isinstance(change, Gone):
                 if change.medium in held:
                     self._index.remove(held[change.medium], wire.unpack_hashes(change.hashes))
@@ -224,36 +244,13 @@ class View:
                     if medium in held:
                         self._index.clear(held[medium])
 
-    def _meet(self, source: wire.Source, why: str) -> Identity:
-        identity = (source.worker, source.rank, source.namespace)
-        if not (source.worker or source.namespace):
-            self.speeds = source.speeds
-        elif identity in self.sources or len(self.sources) < MOST_SOURCES:
-            self.sources[identity] = Known(source, why)
-        else:
-            self.crowded = True
-        return identity
-
-    def _number(self, identity: Identity, medium: str) -> int | None:
-        """The holder's number; where there are too many, None, and the source is not exact."""
-        if identity not in self.sources:
-            return None
-        held = self._numbers.setdefault(identity, {})
-        number = held.get(medium)
-        if number is None:
-            number = self._holders.number(Place(self.node, *identity, medium))
-            if number is None:
-                self.sources[identity] = Known(self.sources[identity].source, "there are too many holders")
-                return None
-            held[medium] = number
-        return number
-
     def _drop_all(self) -> None:
-        for identity, held in self._numbers.items():
-            for medium, number in held.items():
-                self._index.clear(number)
-                self._holders.forget(Place(self.node, *identity, medium))
-        self._numbers.clear()
-        self.sources.clear()
-        self.crowded = False
+        for number in self._told.numbers():
+            self._index.clear(number)
+        self._told.drop(self.node)
         self._head = None
+
+
+def _weight(part: wire.SnapshotPart) -> int:
+    """About how many bytes of memory it takes."""
+    return len(wire.encode(part)) + _RUN_BYTES * len(part.runs)

@@ -5,6 +5,9 @@ misses and starts another. Before it is used, and else as soon as it holds somet
 for nobody: kvd must know how fast it is before a request depends on it. SETTINGS is JSON: {"tier": "nvme" or "shared",
 "socket": fd, "arena": fd, ...its own}. Loads run on several threads, stores and removals on one, in their order. Ends
 when kvd hangs up.
+
+Always true: what kvd stores and removes, and news of the same pages, it hears in the order in which it was so: who
+puts, removes or takes news keeps `_telling` until it is told. A load's misses are told apart from that.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ from kvd.errors import KvdError
 from kvd.storage import tierwire
 from kvd.storage.lineage import meant
 from kvd.storage.quota import Share
-from kvd.storage.tier import Name, Tier, TierError
+from kvd.storage.tier import Name, Tier, TierError, WriteRefused
 
 GAUGE_EVERY_S = 0.5
 _ALIGN = 4096
@@ -44,14 +47,16 @@ class Server:
         self._sock = sock
         self._arena = arena
         self._send_lock = threading.Lock()
+        self._telling = threading.Lock()
+        self._loaders = loaders
         self._measured = False
         self._stores: queue.SimpleQueue[tierwire.ToTier] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tierwire.Load] = queue.SimpleQueue()
-        for work in (self._store_forever, self._news_forever, *[self._load_forever] * loaders):
-            threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
 
     def serve(self) -> None:
         """Until kvd hangs up."""
+        for work in (self._store_forever, self._news_forever, *[self._load_forever] * self._loaders):
+            threading.Thread(target=self._or_die, args=(work,), daemon=True).start()
         inbox = bytearray()
         while data := self._sock.recv(1 << 20):
             inbox += data
@@ -93,37 +98,58 @@ class Server:
 
     def _store_forever(self) -> None:
         while True:
-            match self._stores.get():
-                case tierwire.Store(request, rows):
-                    flags = self._tier.put([(row.page, self._buffers(row.offsets, row.length)) for row in rows])
-                    self._tell_news()  # before the answer: kvd must know what left before it believes what came
-                    self.send(tierwire.Stored(request, flags))
-                    self._measure([row.page.name for row, held in zip(rows, flags, strict=True) if held])
-                case tierwire.Remove() as request:
-                    self._remove(request)
-                case tierwire.Judge(density):
-                    self._tier.judge(density)
-                case tierwire.Belongs(namespace, tenant):
-                    self._tier.belongs(namespace, tenant)
-                case tierwire.Used(names, kinds):
-                    self._tier.used(list(zip(tierwire.split(names), kinds, strict=True)))
+            self.do(self._stores.get())
+
+    def do(self, message: tierwire.ToTier) -> None:
+        """What is not a load."""
+        match message:
+            case tierwire.Store():
+                self._store(message)
+            case tierwire.Remove():
+                self._remove(message)
+            case tierwire.Judge(density):
+                self._tier.judge(density)
+            case tierwire.Belongs(namespace, tenant):
+                self._tier.belongs(namespace, tenant)
+            case tierwire.Used(names, kinds):
+                self._tier.used(list(zip(tierwire.split(names), kinds, strict=True)))
+
+    def _store(self, request: tierwire.Store) -> None:
+        pages = [(row.page, self._buffers(row.offsets, row.length)) for row in request.rows]
+        with self._telling:
+            flags = self._tier.put(pages)
+            self._tell_news()  # before the answer: kvd must know what left before it believes what came
+            self.send(tierwire.Stored(request.request, flags))
+        self._measure([page.name for (page, _), held in zip(pages, flags, strict=True) if held])
 
     def _remove(self, request: tierwire.Remove) -> None:
-        for names in meant(self._tier, request.namespace, request.key):
-            self._tier.remove(names)
-            for at in range(0, len(names), _REMOVED_AT_ONCE):
-                self.send(tierwire.Removed(request.request, b"".join(names[at : at + _REMOVED_AT_ONCE]), False))
-        self.send(tierwire.Removed(request.request, b"", True))
+        trouble = ""
+        try:
+            for names in meant(self._tier, request.namespace, request.key):
+                with self._telling:
+                    self._tier.remove(names)
+                    for at in range(0, len(names), _REMOVED_AT_ONCE):
+                        part = b"".join(names[at : at + _REMOVED_AT_ONCE])
+                        self.send(tierwire.Removed(request.request, part, False))
+        except WriteRefused as error:  # it may be read still
+            trouble = str(error)
+        self.send(tierwire.Removed(request.request, b"", True, trouble))
 
     def _news_forever(self) -> None:
-        for names in self._tier.names():
+        for names in self._tier.names():  # nobody stores yet: that begins with the first gauge
             self._measure(names)
             for at in range(0, len(names), _NAMES_AT_ONCE):
                 self.send(tierwire.Changed(b"".join(names[at : at + _NAMES_AT_ONCE]), b""))
         threading.Thread(target=self._or_die, args=(self._gauge_forever,), daemon=True).start()
         while True:
-            self._tell_news()  # a tier that shares its medium looks for others' pages now, and may take long
+            self.tend()
             time.sleep(GAUGE_EVERY_S)
+
+    def tend(self) -> None:
+        """And tell what came of it. Stores go on while the tier looks for others' pages, which may take long."""
+        self._tier.tend()
+        with self._telling:
+            self._tell_news()
 
     def _measure(self, names: Sequence[Name]) -> None:
         """Read a page, then several where that was quick. Once; of a tier that holds nothing yet, later."""
@@ -157,6 +183,7 @@ class Server:
             time.sleep(GAUGE_EVERY_S)
 
     def _tell_news(self) -> None:
+        """While `_telling` is held."""
         came, left = self._tier.news()
         if came or left:
             self.send(tierwire.Changed(b"".join(came), b"".join(left)))

@@ -8,6 +8,7 @@ hangs, or kills who reads it, takes nobody along.
     get     the bytes that were put, checked against their checksums, or None; a page found damaged is gone for good
     find    what `get` would bring, without reading payloads; may be wrong about damage and nothing else
     remove  gone when it returns, also after a crash
+    tend    what is due: what is past its time goes, others' pages are looked for; may take as long as many puts
     news    names that came or left without the caller's doing: evicted, damaged, stored or removed by another node
     judge, used    hints at what is worth keeping; a tier that has an order of its own ignores them
     belongs, held  whose pages are whose, for a tier that knows shares
@@ -27,6 +28,10 @@ NAME_BYTES = 48
 
 class TierError(KvdError):
     """The tier cannot work at the moment: its disk is full, broken or not there."""
+
+
+class WriteRefused(TierError):
+    """The medium may be read, and not be written: nothing changed, and the tier goes on."""
 
 
 class Page(NamedTuple):
@@ -88,14 +93,20 @@ class Tier(Protocol):
         ...
 
     def remove(self, names: Sequence[Name]) -> None:
-        """Forget pages; names that are not held are ignored."""
+        """Forget pages; names that are not held are ignored. Raises WriteRefused where all stay."""
         ...
 
     def names(self) -> Iterator[list[Name]]:
         """All names held, in pieces, so that 10**6 of them need not exist at once."""
         ...
 
-    def news(self) -> News: ...
+    def tend(self) -> None:
+        """To be called now and then, by one thread. What comes of it is in the news."""
+        ...
+
+    def news(self) -> News:
+        """At once: stores wait meanwhile."""
+        ...
 
     def judge(self, density: Sequence[float]) -> None:
         """What was learnt: a density for each kind and age, see kvd.storage.worth."""

@@ -135,11 +135,12 @@ class Loaded(Message, tag="loaded", frozen=True):
 
 
 class Removed(Message, tag="removed", frozen=True):
-    """A part of what a `Remove` removed, durably; the last part is empty and says so."""
+    """A part of what a `Remove` removed, durably; the last part is empty and says so, and why it is not all."""
 
     request: int
     names: bytes
     over: bool
+    trouble: str = ""
 
 
 FromTier = Changed | Measured | Gauge | Stored | Loaded | Removed

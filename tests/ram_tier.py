@@ -112,6 +112,9 @@ class RamTier:
         with self._lock:
             yield list(self._held())
 
+    def tend(self) -> None:
+        """The daemon's own tick does it."""
+
     def news(self) -> News:
         with self._lock:
             held = self._held()

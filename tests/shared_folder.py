@@ -7,14 +7,23 @@ from typing import Any
 
 from kvd.storage import failpoints
 from kvd.storage.shared import SharedTier
+from kvd.storage.tier import News
 
 MIB = 1 << 20
 Node = Callable[..., SharedTier]
 
 
+class PollingTier(SharedTier):
+    """Polls, where that is due, before it tells its news."""
+
+    def news(self) -> News:
+        self.tend()
+        return super().news()
+
+
 def open_tier(folder: Path, node: str = "a", **settings: Any) -> SharedTier:
     """A tier that polls at every call of `news` and waits for nobody."""
-    return SharedTier(
+    return PollingTier(
         str(folder), node, **({"quota_bytes": 24 * MIB, "file_bytes": 4 * MIB, "poll_s": 0, "grace_s": 0} | settings)
     )
 

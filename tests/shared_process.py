@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from kvd.storage.shared import SharedTier
 from kvd.storage.tier import TierError
+from tests.shared_folder import PollingTier
 from tests.tier_samples import Sample, get, put, sample
 
 PAGES = 300
@@ -23,7 +24,7 @@ def page(number: int) -> Sample:
 
 def open_node(uri: str, node: str, grace_s: float = 0.05, poll_s: float = 0.0) -> SharedTier:
     """Merges often, waits hardly at all."""
-    return SharedTier(uri, node, 1 << 30, file_bytes=300_000, poll_s=poll_s, grace_s=grace_s, leftover_s=30.0)
+    return PollingTier(uri, node, 1 << 30, file_bytes=300_000, poll_s=poll_s, grace_s=grace_s, leftover_s=30.0)
 
 
 def main(uri: str, node: str, seed: str, turns: str, grace_s: str, poll_s: str) -> None:

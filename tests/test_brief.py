@@ -1,5 +1,7 @@
 """A batch in short: it says what the batch says, without tokens; noise is refused."""
 
+import tracemalloc
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -14,7 +16,9 @@ from tests.publisher_model import removed, stored
 HEAD = Head("n", 5, Source("http://w", 1))
 FIRST = first_frame(HEAD, [stored([1, -2], 7), removed([3], "DISK"), Cleared(), Cleared(medium="GPU")])
 BRIEF = Brief(
-    HEAD, [Kept("GPU", [(7, pack_hashes([1, -2]))]), Gone("DISK", pack_hashes([3])), Emptied(None), Emptied("GPU")]
+    HEAD,
+    [Kept("GPU", [(7, pack_hashes([1, -2]))]), Gone("DISK", pack_hashes([3])), Emptied(None), Emptied("GPU")],
+    len(FIRST),
 )
 pack = msgspec.msgpack.encode
 
@@ -51,7 +55,8 @@ def test_batches_that_say_the_same_of_their_source_share_one_head() -> None:
 
 def test_no_medium_is_the_gpu_and_nothing_removed_is_no_change() -> None:
     message = Briefs().read(frames(first_frame(HEAD, [Removed(block_hashes=[]), stored([1], None, None)])))
-    assert message == (7, Brief(HEAD, [Kept("GPU", [(None, pack_hashes([1]))])]))
+    assert message is not None
+    assert message[1].changes == [Kept("GPU", [(None, pack_hashes([1]))])]
 
 
 def test_events_that_go_on_where_the_one_before_ended_are_one_run() -> None:
@@ -113,3 +118,23 @@ def test_speeds_that_cannot_be_and_too_many_are_refused(speeds: object) -> None:
 def test_noise_is_a_peer_error_and_nothing_else(noise: bytes) -> None:
     with pytest.raises(PeerError):
         Briefs().read(frames(TOPIC + noise))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [], [[2, None]] * 500, [[0, "GPU", []]] * 500, [[0, "GPU", [[None, b""]]]] * 500, [[0, "G" * 99, []]] * 500,
+        [[0, "GPU", [[n << 40, b"12345678"] for n in range(500)]]], [[1, "GPU", b"12345678" * 500]],
+    ],
+    ids=["nothing", "emptied", "no runs", "empty runs", "long names", "short runs", "one run"],
+)  # fmt: skip
+def test_its_weight_is_no_less_than_the_memory_that_it_takes(changes: list[object]) -> None:
+    """Or a peer could fill a router that counts it."""
+    briefs, head = Briefs(), pack({"node": "n", "epoch": 5, "source": {}, "why": "y" * 1000})
+    raw = [TOPIC + pack([head[:-1] + b"%d" % (n % 10), changes]) for n in range(10)]
+    assert briefs.read(frames(raw[0])) is not None
+    tracemalloc.start()
+    kept = [Briefs().read(frames(one)) for one in raw]
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken <= sum(one[1].weight for one in kept if one is not None)

@@ -85,6 +85,7 @@ def test_pages_unused_for_their_time_to_live_leave(tmp_path: Path) -> None:
 
         def gone() -> bool:
             tier.used([(what.page.name, PLAIN) for what in used])
+            tier.tend()
             left.update(tier.news().left)
             return names(*old) <= left
 

@@ -1,11 +1,17 @@
 """Prefixes that stay: in memory, on the disk, over a restart; and what each tenant holds. Through kvdctl."""
 
+import asyncio
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from kvd import wire
 from kvd.daemon.group import Group
+from kvd.daemon.pinning import MOST_WAITING, Pinning
 from kvd.errors import Refused, SettingsError
 from tests.harness import MIB, Daemon, eventually
 from tests.kvdctl import RawWorker, on
@@ -41,6 +47,7 @@ def test_pins_outlive_kvd_and_wait_for_their_pages(tmp_path: Path) -> None:
     session = world.session(spec(1))
     world.put(session, KEYS[0][:3])
     world.node.pin(chain_of(world, KEYS[0][:3]))
+    world.node.pins.write(world.node.pins.chains())
     world.start()
     assert [group.pins for group in chain_of(world, KEYS[0][:3])] == [1, 1, 1]
     elsewhere = World(pins_file=tmp_path / "pins")
@@ -55,15 +62,54 @@ def test_pins_may_not_take_more_than_half_of_memory(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="more than half of memory"):
         world.node.pin(chain_of(world, KEYS[0][:8]))
     assert not any(group.pins for group in world.node.residency)
-    assert not (tmp_path / "pins").exists()
+
+
+def asked(world: World, *requests: wire.Pin) -> list[wire.Message]:
+    """What each is answered, all of them being asked before the first is."""
+
+    async def answers() -> list[wire.Message]:
+        pinning, found = Pinning(world.node), asyncio.Queue[wire.Message]()
+        for request in requests:
+            pinning.begin(request, found.put_nowait)
+        job = asyncio.create_task(pinning.answer_forever())
+        answered = [await asyncio.wait_for(found.get(), 10) for _ in requests]
+        job.cancel()
+        return answered
+
+    return asyncio.run(answers())
 
 
 def test_a_pin_that_cannot_be_remembered_is_refused(tmp_path: Path) -> None:
     world = World(pins_file=tmp_path / "missing" / "pins")
     world.put(world.session(spec(1)), KEYS[0][:3])
-    with pytest.raises(Refused, match="cannot write"):
-        world.node.pin(chain_of(world, KEYS[0][:3]))
+    (refusal,) = asked(world, wire.Pin(namespace(1), KEYS[0][2]))
+    assert isinstance(refusal, wire.Refusal)
+    assert "cannot write" in refusal.reason
     assert not any(group.pins for group in world.node.residency)
+    assert not world.node.pins.listed()
+
+
+def test_pins_asked_for_together_end_as_the_last_has_it_in_memory_and_in_the_file(tmp_path: Path) -> None:
+    world = World(pins_file=tmp_path / "pins")
+    world.put(world.session(spec(1)), KEYS[0][:4])
+    short, long = (wire.Pin(namespace(1), KEYS[0][at]) for at in (1, 3))
+    no_more = wire.Pin(namespace(1), KEYS[0][1], keep=False)
+    answers = asked(world, short, long, no_more, short, no_more, no_more)
+    kinds = [wire.Pinned, wire.Pinned, wire.Pinned, wire.Pinned, wire.Pinned, wire.Refusal]
+    assert [type(answer) for answer in answers] == kinds
+    assert world.node.pins.listed() == [(namespace(1) + KEYS[0][3], 4, 4)]
+    world.start()
+    assert world.node.pins.listed() == [(namespace(1) + KEYS[0][3], 4, 4)]
+    assert [group.pins for group in chain_of(world, KEYS[0][:4])] == [1] * 4
+
+
+def test_who_asks_for_pins_without_end_is_refused(tmp_path: Path) -> None:
+    pinning = Pinning(World(pins_file=tmp_path / "pins").node)
+    request = wire.Pin(namespace(1), KEYS[0][0])
+    for _ in range(MOST_WAITING):
+        pinning.begin(request, lambda _: None)
+    with pytest.raises(Refused, match="too many pins"):
+        pinning.begin(request, lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +142,26 @@ def test_a_pinned_prefix_stays_while_others_come_and_go(daemon: Daemon) -> None:
         nothing = on(daemon, "unpin", "abcdef")
         assert (nothing.returncode, "no pin begins with" in nothing.stderr) == (1, True)
     assert daemon.faults() == []
+
+
+def test_a_file_of_pins_that_hangs_holds_up_its_pin_alone(tmp_path: Path) -> None:
+    with two_tiers(tmp_path, pins_file=tmp_path / "pins") as daemon, RawWorker(daemon) as worker:
+        keys = worker.put(5)
+        hangs = tmp_path / "pins.new"
+        os.mkfifo(hangs)  # nobody reads it: opening it for writing waits, as long as we like
+        with ThreadPoolExecutor(1) as pool, closing(daemon.tool()) as link, closing(daemon.tool()) as others:
+            pin = pool.submit(link.ask, wire.Pin(worker.spec.digest, keys[-1]), wire.Pinned, 60.0)
+            eventually(lambda: len(others.ask(wire.GetPins(), wire.Pins, 5.0).pins) == 1, 20, "kvd answers others")
+            worker.put(5, first=1000)
+            assert (pin.done(), (tmp_path / "pins").exists()) == (False, False), "first written, then answered"
+            with hangs.open() as reader:  # there it goes on, and fails: this is no file
+                reader.read()
+            with pytest.raises(Refused, match="cannot write"):
+                pin.result(20)
+        assert on(daemon, "pins").stdout == "Nothing is pinned.\n"
+        hangs.unlink()
+        assert on(daemon, "pin", keys[-1].hex()).returncode == 0
+        assert daemon.faults() == []
 
 
 def test_a_pinned_prefix_is_on_the_disk_after_its_memory_is_lost(tmp_path: Path) -> None:

@@ -175,9 +175,39 @@ def test_ids_are_handed_on_as_ids() -> None:
     }  # fmt: skip
 
 
-def test_one_event_of_generate_does_not_tell_enough() -> None:
+REST = {  # of a stream that said "a": as workers say it that repeat the text, and that do not
+    "whole": ([generated("b", [5], 1), generated("bc", [5, 6], 2)], ["ab", "abc"], [[4, 5], [4, 5, 6]]),
+    "pieces": ([generated("b", [5], 1), generated("c", [6], 2)], ["b", "c"], [[5], [6]]),
+}
+
+
+@pytest.mark.parametrize("shape", REST)
+def test_after_one_event_of_generate_the_rest_tells_whether_each_repeats_the_text(shape: str) -> None:
+    events, texts, ids = REST[shape]
+    so_far = transcript("generate", generated("a", [4], 1))
+    assert rest_of({"text": "x"}, so_far)["text"] == "xa"
+    splice = Splice(so_far, None)
+    assert splice.translate(sse(events[0])) == b"", "it alone does not tell"
+    seen = plain(splice.translate(sse(events[1])))
+    assert [event["text"] for event in seen] == texts
+    assert [event["output_ids"] for event in seen] == ids
+    assert [event["meta_info"]["completion_tokens"] for event in seen] == [2, 3]
+    again = plain(Splice(so_far, None).translate(sse(*events)))
+    assert again == seen, "however it was cut"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        sse(generated("b", [5], 1, "length")), sse(generated("b", [5], 1), "[DONE]"), sse({"error": "x"}),
+        sse(generated("b", [5], 1)) + b": still here\n\n" * 100_000, None,
+    ],
+    ids=["finished", "done", "an error", "endless", "cut"],
+)  # fmt: skip
+def test_a_rest_of_one_event_does_not_tell_enough(rest: bytes | None) -> None:
+    splice = Splice(transcript("generate", generated("a", [4], 1)), None)
     with pytest.raises(CannotContinue, match="one event"):
-        rest_of({"text": "x"}, transcript("generate", generated("a", [4], 1)))
+        splice.translate(rest if rest is not None else sse(generated("b", [5], 1)), whole=rest is None)
 
 
 def test_missing_ids_are_noticed() -> None:

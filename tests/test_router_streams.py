@@ -219,6 +219,27 @@ def test_a_stream_of_pieces_goes_on_too(router: Router, workers: Pair) -> None:
     assert comparable(ask(router, path, body)) == expected
 
 
+@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize("name", ["generate", "generate by ids"])
+def test_a_stream_that_said_one_event_goes_on_too(router: Router, workers: Pair, name: str, incremental: bool) -> None:
+    """That one does not tell whether each repeats the text: the rest does."""
+    for worker in workers:
+        worker.set(incremental=incremental)
+    path, body = STREAMS[name]
+    expected = comparable(ask(router, path, body))
+    next_one(workers).set(die_after=1)
+    assert comparable(ask(router, path, body)) == expected
+
+
+def test_a_stream_whose_rest_is_one_event_ends_with_an_error(router: Router, workers: Pair) -> None:
+    body = {"text": "one two", "stream": True, "sampling_params": {"max_new_tokens": 2}}
+    ask(router, "/generate", body)
+    next_one(workers).set(die_after=1)
+    said, error = ask(router, "/generate", body)
+    assert said["text"] == " w3"
+    assert "one event does not tell" in error["error"]["message"]
+
+
 CUT = {
     "penalties": ("/v1/chat/completions", CHAT | {"max_tokens": 12, "frequency_penalty": 1.0}),
     "tools": ("/v1/chat/completions", CHAT | {"max_tokens": 12, "tools": [{"type": "function"}]}),

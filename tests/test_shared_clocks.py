@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvd.storage.tier import TierError
 from tests.shared_folder import Node, files, nodes
 from tests.tier_samples import get, held, put, sample
 
@@ -67,6 +68,26 @@ def test_a_node_whose_clock_is_behind_deletes_nothing_that_others_read(
     assert files(tmp_path) == there
     clock(0)
     assert get(node("c"), sample(1), sample(2)) == [sample(1), None]
+
+
+def test_a_node_whose_clock_was_ahead_and_is_set_opens_its_tier_again_and_others_read_what_it_writes(
+    node: Node, tmp_path: Path, clock: Clock
+) -> None:
+    reader = node("b")
+    clock(2 * DAY_S)
+    tier = node("a")
+    put(tier, sample(1))
+    there = files(tmp_path)
+    clock(0)
+    with pytest.raises(TierError, match="clock was set back"):  # which ends its process: kvd starts another
+        tier.tend()
+    tier = node("a", leftover_s=0)
+    for _ in range(3):
+        tier.tend()
+    assert files(tmp_path) == there, "nothing is deleted because of a clock"
+    assert put(tier, sample(1), sample(2)) == [True, True]
+    assert reader.news().came == [sample(1).page.name, sample(2).page.name]
+    assert get(reader, sample(1), sample(2)) == [sample(1), sample(2)]
 
 
 def test_a_removed_page_does_not_come_back_with_a_file_of_the_future(

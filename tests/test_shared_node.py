@@ -137,3 +137,23 @@ def test_a_folder_that_cannot_be_used_is_a_red_line(tmp_path: Path) -> None:
         status, findings = doctor(daemon)
         (red,) = of(findings, "shared")
         assert (status, red["level"]) == (1, "red")
+
+
+def test_where_nothing_may_be_written_kvdctl_says_what_stays_and_the_tier_reads_on(
+    first: Daemon, tmp_path: Path
+) -> None:
+    (tmp_path / "shared" / "second").symlink_to("/sys")  # not even root may make files there
+    with node(tmp_path, "second") as second, PluginProcess(first.socket) as here:
+        ready(second)
+        assert here.do("wait")
+        here.do("put", keys=span(20))
+        holds(second, 20)
+        ran = on(second, "evict", "--all", "--yes")
+        assert (ran.returncode, "shared: NOT all: shared tier: [Errno" in ran.stdout) == (1, True)
+        with PluginProcess(second.socket) as there:
+            assert there.do("wait")
+            assert there.do("take", keys=span(20)) == ["right"] * 20
+        counters = shared(second).counters
+        assert (counters["restarts"], shared(second).pages) == (0, 20)
+        assert {"read_only", "no_permission"} & counters.keys()
+        assert second.faults() == []

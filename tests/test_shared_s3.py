@@ -15,6 +15,7 @@ from kvd.storage.shared.sharedtier import open_depot
 from kvd.storage.tier import TierError
 from tests.failpoint_names import failpoint_names
 from tests.s3_server import SERVERS, Place, Server, free_port, s3_server
+from tests.shared_folder import PollingTier
 from tests.tier_samples import get, held, put, sample
 
 MIB = 1 << 20
@@ -38,7 +39,7 @@ def node(bucket: Place) -> Iterator[Node]:
 
     def start(name: str, **settings: Any) -> SharedTier:
         given = {"quota_bytes": 24 * MIB, "file_bytes": 4 * MIB, "poll_s": 0, "grace_s": 0} | settings
-        opened.append(SharedTier(bucket.uri, name, **given))
+        opened.append(PollingTier(bucket.uri, name, **given))
         return opened[-1]
 
     yield start

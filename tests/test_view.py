@@ -1,12 +1,18 @@
 """A router's view of a node: exact when it says so, whatever is lost, doubled, late, or killed in between."""
 
+import tracemalloc
+
 import pytest
 
 from kvd import wire
+from kvd.brief import Brief, Kept
 from kvd.daemon.stream import Stream
 from kvd.errors import PeerError
+from kvd.router import early, view
+from kvd.router.early import MOST_BYTES
 from kvd.router.numbering import Place
-from kvd.router.view import ASK_AGAIN_S, MOST_SOURCES, SILENT_S, Ask
+from kvd.router.sources import MOST_SOURCES
+from kvd.router.view import ASK_AGAIN_S, SILENT_S, Ask
 from kvd.sglang_events import GPU, Cleared
 from tests.node_model import ModelNode, ModelWorker, Seen, read
 from tests.publisher_model import removed, stored
@@ -225,3 +231,62 @@ def test_sources_without_end_are_bounded(seen: Seen) -> None:
     assert len(seen.view.sources) == MOST_SOURCES
     assert seen.view.crowded
     assert len(seen.held) == MOST_SOURCES - 2, "two were there before, and hold nothing"
+
+
+LARGE = MOST_BYTES // 8
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["before the snapshot", "after a gap"])
+def test_batches_that_come_too_early_are_bounded_by_their_bytes(node: ModelNode, known: bool) -> None:
+    seen = Seen()
+    if known:
+        seen.heal(node)
+    head, first = wire.Head("n", 1, node.workers[0].source), seen.view.seq + 2
+    tracemalloc.start()
+    for seq in range(first, first + 40):
+        seen.view.batch(seq, Brief(head, [Kept(GPU, [(None, bytes(LARGE))])], LARGE), seen.now)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert LARGE < taken < MOST_BYTES + LARGE
+
+
+def test_what_was_not_kept_of_them_is_asked_for_again(
+    node: ModelNode, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "MOST_BYTES", 1000)
+    node.flush()
+    node.stream = Stream("n", 1, 100)
+    for n in range(40):
+        node.say(node.workers[0], stored([n]))
+        node.flush()
+    del node.sent[5]
+    seen = Seen()
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+    for n in range(40, 80):
+        node.say(node.workers[0], stored([n]))
+        node.flush()
+    del node.sent[5]
+    seen.hear(node)
+    assert "missing" in seen.why
+    seen.heal(node)
+    assert seen.why == ""
+    assert seen.held == node.truth
+    assert seen.view.snapshots == 1, "a replay was enough"
+
+
+def test_parts_that_wait_for_a_lost_batch_are_bounded_by_their_bytes(
+    node: ModelNode, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view, "_MOST_WAITING", 10_000)
+    seen.view.renew()
+    wanted = seen.view.ask(seen.now + ASK_AGAIN_S)
+    assert wanted is not None
+    for seq in (0, *[9] * 4):
+        runs = [(None, bytes(4000))]
+        part = wire.SnapshotPart(wanted.request, "n", 1, seq, node.workers[0].source, "", GPU, runs)
+        seen.view.part(part, seen.now)
+    assert seen.why == "no snapshot has come yet", "it is asked for anew"
+    seen.heal(node)
+    assert (seen.why, seen.held) == ("", node.truth)

@@ -12,6 +12,7 @@ from kvd.errors import KvdError
 
 _COLUMNS = ("key", "pages", "in memory", "model and pool")
 _KEY_HEAD = 12  # characters that tell keys apart on a screen
+_WRITE_TIMEOUT_S = 30.0  # kvd answers when pins_file is on its disk, which may be busy
 
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="A page's key as kvdctl ls shows it, or the beginning of it.")
@@ -75,7 +76,8 @@ def pins(socket: SocketOption = None, as_json: JsonOption = False) -> None:
 def _change(key: str, namespace: str | None, socket: SocketOption, as_json: bool, keep: bool) -> None:
     with reporting(as_json), attached(socket) as link:
         found = _meant(link, key, namespace_of(namespace), keep)
-        changed = [link.ask(wire.Pin(page.namespace, page.key, keep), wire.Pinned, TIMEOUT_S) for page in found]
+        asked = [wire.Pin(page.namespace, page.key, keep) for page in found]
+        changed = [link.ask(one, wire.Pinned, _WRITE_TIMEOUT_S) for one in asked]
         if as_json:
             show_json(changed)
             return

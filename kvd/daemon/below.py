@@ -188,12 +188,12 @@ class Below:
                 del self._asked[request]
                 _, stored = self._stores.pop(request)
                 stored(flags)
-            case tierwire.Removed(request, names, over):
+            case tierwire.Removed(request, names, over, trouble):
                 left_, ended = self._removals[request]
                 left_(tierwire.split(names))
                 if over:
                     del self._asked[request], self._removals[request]
-                    ended("")
+                    ended(trouble)
             case tierwire.Changed(came, left):
                 self._changed(tierwire.split(came), tierwire.split(left))
             case tierwire.Measured(size, seconds):

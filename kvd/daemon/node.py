@@ -88,11 +88,12 @@ class Node:
             hints.used(group, kind)
         self._to_be_written(group, now)  # what was not worth writing may be now
 
-    def pin(self, chain: Sequence[Group]) -> None:
-        """These pages stay, in RAM and on this node's disk. Raises Refused."""
-        self.pins.pin(chain)
+    def pin(self, chain: Sequence[Group]) -> bool:
+        """These pages stay, in RAM and on this node's disk; False: they did before. Raises Refused."""
+        fresh = self.pins.pin(chain)
         for hints in self.hints:
             hints.pinned(group.namespace + group.key for group in chain)
+        return fresh
 
     def unpin(self, tip: Name, now: float) -> int:
         """End a pin; how many pages it was the last to keep. Raises Refused."""

@@ -13,7 +13,7 @@ from kvd.daemon.eviction import Selection, evict_part
 from kvd.daemon.gate import WORDS
 from kvd.daemon.group import NO_PARENT
 from kvd.daemon.node import Node
-from kvd.errors import PeerError, Refused
+from kvd.errors import PeerError
 from kvd.pages import KEY_BYTES, NAMESPACE_BYTES
 from kvd.storage.tier import Name
 
@@ -37,8 +37,6 @@ def answer(node: Node, lower: Sequence[Below], request: wire.ToDaemon, now: floa
             if request.cursor < 0:
                 raise PeerError("malformed eviction")
             return evict_part(node.stock, node.sessions, Selection.of(request), request.cursor, now)
-        case wire.Pin(namespace, key, keep):
-            return _pin(node, namespace, key, keep, now)
         case wire.GetPins():
             rows = [_one_pin(node, *pin) for pin in node.pins.listed()]
             return wire.Pins(rows, node.pins.bytes_in_ram, node.pins.limit)
@@ -79,18 +77,6 @@ def _find(node: Node, request: wire.FindPages) -> wire.PagesFound:
         if group.key.hex().startswith(head):
             found.append(wire.PageName(group.namespace, group.key))
     return wire.PagesFound(found[:_MOST_FOUND], last if last <= node.residency.last_id else -1)
-
-
-def _pin(node: Node, namespace: bytes, key: bytes, keep: bool, now: float) -> wire.Pinned:
-    """Raises Refused."""
-    if not keep:
-        free = node.unpin(namespace + key, now)
-        return wire.Pinned(free, node.pins.bytes_in_ram)
-    chain = node.residency.lineage(namespace, key)
-    if not chain or chain[0].parent_key != NO_PARENT:
-        raise Refused("that prefix is not in memory from its first page on", "send the prompt once, then pin it")
-    node.pin(chain)
-    return wire.Pinned(len(chain), node.pins.bytes_in_ram)
 
 
 def _one_pin(node: Node, tip: Name, pages: int, in_ram: int) -> wire.OnePin:

@@ -1,8 +1,8 @@
 """Chains that an operator wants to stay: remembered in a file, pinned in RAM and told to the NVMe tier.
 
 A pin names a chain by the page it ends with and keeps all its pages, for a page is of no use without those before it.
-The file outlives kvd: a line of JSON for each pin, written anew and renamed at every change. A page that is pinned and
-not there now is pinned when it comes.
+The file outlives kvd: a line of JSON for each pin, written anew and renamed at every change, which `pinning` sees to.
+A page that is pinned and not there now is pinned when it comes.
 
 Always true: a group's `pins` is how many pins its page is part of.
 """
@@ -22,6 +22,8 @@ from kvd.storage.tier import Name
 
 log = logging.getLogger("kvd.pins")
 
+Chains = dict[Name, tuple[Name, ...]]  # by the page that each ends with
+
 _MOST_OF_RAM = 0.5  # pinned pages may take this part of it: the rest has to work too
 
 
@@ -32,7 +34,7 @@ class Pins:
         """Raises SettingsError for a file that is none of ours."""
         self._stock = stock
         self._file = file
-        self._chains: dict[Name, tuple[Name, ...]] = _read(file) if file is not None else {}
+        self._chains: Chains = _read(file) if file is not None else {}
         self._counts: Counter[Name] = Counter(name for chain in self._chains.values() for name in chain)
 
     def __len__(self) -> int:
@@ -61,28 +63,28 @@ class Pins:
             for _ in range(self._counts[group.namespace + group.key]):
                 self._stock.departures.pin(group)
 
-    def pin(self, chain: Sequence[Group]) -> None:
-        """From now on these pages stay, the last one's ancestors first. Raises Refused."""
+    def pin(self, chain: Sequence[Group]) -> bool:
+        """From now on these pages stay, the last one's ancestors first; False: they did before. Raises Refused."""
         names = tuple(group.namespace + group.key for group in chain)
         if names[-1] in self._chains:
-            return
+            return False
         more = sum(group.bytes for group, name in zip(chain, names, strict=True) if name not in self._counts)
         if self.bytes_in_ram + more > self.limit:
             raise Refused(
                 f"pinned pages would take {self.bytes_in_ram + more} bytes, more than half of memory ({self.limit})",
                 "unpin others first (kvdctl pins), or give kvd more memory (arena.size_bytes)",
             )
-        self._write({**self._chains, names[-1]: names})
+        self._chains[names[-1]] = names
         self._counts.update(names)
         for group in chain:
             self._stock.departures.pin(group)
+        return True
 
     def unpin(self, tip: Name, now: float) -> tuple[Name, ...]:
         """End a pin; the pages that no other pin keeps. Raises Refused where there is none."""
-        names = self._chains.get(tip)
+        names = self._chains.pop(tip, None)
         if names is None:
-            raise Refused("no such pin", "kvdctl pins lists them: name the page that a pin ends with")
-        self._write({name: chain for name, chain in self._chains.items() if name != tip})
+            raise _unknown()
         self._counts.subtract(names)
         for name in names:
             group = self._group(name)
@@ -103,8 +105,21 @@ class Pins:
     def _group(self, name: Name) -> Group | None:
         return self._stock.residency.get(name[:NAMESPACE_BYTES], name[NAMESPACE_BYTES:])
 
-    def _write(self, chains: dict[Name, tuple[Name, ...]]) -> None:
-        """First on the disk, then in force. Raises Refused."""
+    def chains(self) -> Chains:
+        """As they are now, for `write`."""
+        return dict(self._chains)
+
+    def without(self, tip: Name) -> Chains:
+        """What is left when this pin ends. Raises Refused where there is none."""
+        if tip not in self._chains:
+            raise _unknown()
+        return {name: chain for name, chain in self._chains.items() if name != tip}
+
+    def write(self, chains: Chains) -> None:
+        """On the disk when it returns; blocks as long as that does, and may run on any thread, one at a time.
+
+        Raises Refused, and the file is as it was.
+        """
         if self._file is not None:
             lines = [
                 json.dumps({"namespace": tip[:NAMESPACE_BYTES].hex(), "keys": [_key(name) for name in chain]}) + "\n"
@@ -121,15 +136,18 @@ class Pins:
                 raise Refused(
                     f"cannot write {self._file}: {error.strerror}", "make room there, or set pins_file"
                 ) from error
-        self._chains = chains
+
+
+def _unknown() -> Refused:
+    return Refused("no such pin", "kvdctl pins lists them: name the page that a pin ends with")
 
 
 def _key(name: Name) -> str:
     return name[NAMESPACE_BYTES:].hex()
 
 
-def _read(file: Path) -> dict[Name, tuple[Name, ...]]:
-    found: dict[Name, tuple[Name, ...]] = {}
+def _read(file: Path) -> Chains:
+    found: Chains = {}
     try:
         lines = file.read_text().splitlines() if file.exists() else []
         for line in lines:

@@ -1,6 +1,6 @@
 """The shell: turns messages into calls on the node, with the time, and tells members what came of it.
 
-All node work happens on the event loop's thread; the only others fault memory in and look for GPUs, at start.
+All node work happens on the event loop's thread; others fault memory in and look for GPUs, at start, and write pins.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from kvd.daemon.events import Events
 from kvd.daemon.lower import open_lower
 from kvd.daemon.members import Member, Members, listen
 from kvd.daemon.node import Node
+from kvd.daemon.pinning import Pinning
 from kvd.daemon.removals import Removals
 from kvd.daemon.requests import bounded
 from kvd.daemon.room import Room
@@ -62,6 +63,7 @@ class Shell:
         self._by_ticket: dict[bytes, Member] = {}
         self._lower = open_lower(settings, room)
         self._removals = Removals(self._node, self._lower)
+        self._pinning = Pinning(self._node)
         self._events: Events | None = None
         if settings.events.endpoint is not None:
             self._events = Events(settings.events, room.epoch, room.node, settings.socket_mode)
@@ -101,6 +103,8 @@ class Shell:
             case wire.Check(cursor):
                 faults, following = self._node.check(cursor, CHECK_AT_ONCE)
                 member.send(wire.Checked(faults[:MAX_FAULTS], len(self._node.residency), following))
+            case wire.Pin():
+                self._pinning.begin(message, member.send)
             case wire.RemoveBelow():
                 self._removals.begin(message, member.send)
             case _:
@@ -234,6 +238,10 @@ class Shell:
         """Find the workers whose prefix events are to be passed on."""
         if self._events is not None:
             await self._events.workers.follow()
+
+    async def remember_pins(self) -> None:
+        """Write what operators pin and unpin, and answer them."""
+        await self._pinning.answer_forever()
 
     async def prefault(self) -> None:
         """Fault all memory in, so that no page's first write pays for it."""

@@ -2,7 +2,8 @@
 
 A node is called here by the endpoint at which it is followed, not by the name that it gives itself: two nodes of one
 name would be taken for each other. Bounded: the index as a whole by `most_blocks`, what one GPU may hold by what its
-worker says that it can.
+worker says that it can, how many places a node may name by its equal share of all numbers: one that errs takes nobody
+else's.
 """
 
 import logging
@@ -15,8 +16,9 @@ import zmq
 from kvd import wire
 from kvd.router.follow import Follow
 from kvd.router.index import Index
-from kvd.router.numbering import Numbering, Place
-from kvd.router.view import SILENT_S, Identity, Known, View
+from kvd.router.numbering import MOST_HOLDERS, Numbering, Place
+from kvd.router.sources import NO_ROOM, Identity, Known
+from kvd.router.view import SILENT_S, View
 from kvd.sglang_events import GPU
 
 log = logging.getLogger("kvd.router")
@@ -24,6 +26,9 @@ SLACK: Final = 2  # what a GPU holds may be counted before what left it is
 HEAL_S: Final = 60.0  # before a node is asked anew; doubled each time that this does not help
 _RARELY_S: Final = 3600.0  # up to this
 _ROOMY: Final = 0.9  # of the index: fuller, it would refuse the same again
+_ROOM_REMEDY: Final = (
+    "look at who names so many there: `kvdctl ls` and `kvdctl workers` at the node; it is asked anew by and by"
+)
 _SOURCE_REMEDY: Final = "if it stays so: flush its cache (/flush_cache), from which on its node knows it again"
 _INDEX: Final = (
     "it told of more blocks than it says it can hold or than index_blocks allows, or of one under two parents"
@@ -41,18 +46,21 @@ class NodeAt(NamedTuple):
 
 
 class _Numbers(Numbering):
-    """One node's part of the numbers of all."""
+    """One node's part of the numbers of all: at most `share` of them."""
 
-    def __init__(self, shared: Numbering, index: Index, node: str) -> None:
+    def __init__(self, shared: Numbering, index: Index, node: str, share: int) -> None:
         super().__init__()
         self._shared = shared
         self._index = index
         self._node = node
+        self._share = share
         self._here: dict[Place, int] = {}
         self._most: Mapping[str, int] = {}
 
     def number(self, place: Place) -> int | None:
         place = place._replace(node=self._node)
+        if place not in self._here and len(self._here) >= self._share:
+            return None
         found = self._shared.number(place)
         if found is not None:
             self._here[place] = found
@@ -97,8 +105,10 @@ class Nodes:
         self._said: dict[str, bool] = {}  # whether the log's last line of a node says that it is exact
         self._context = zmq.Context()
         self._nodes: dict[str, _Node] = {}
+        self._crowded: set[str] = set()  # nodes that name more places than they may have, as the log's last line says
+        share = MOST_HOLDERS // max(1, len(set(at)))
         for one in dict.fromkeys(at):
-            numbers = _Numbers(self.holders, self.index, one.events)
+            numbers = _Numbers(self.holders, self.index, one.events, share)
             view = View(self.index, numbers)
             self._nodes[one.events] = _Node(view, Follow(self._context, one.events, one.replay, view), numbers)
 
@@ -142,7 +152,7 @@ class Nodes:
             if first is None or known is None or known.source.life != first.source.life:
                 break  # it had more ranks in another life
             if known.why:
-                return known.why, _SOURCE_REMEDY
+                return known.why, _ROOM_REMEDY if known.why == NO_ROOM else _SOURCE_REMEDY
         return (_INDEX, _INDEX_REMEDY) if (node, worker) in self._doubtful else ("", "")
 
     def sources(self, node: str) -> Mapping[Identity, Known]:
@@ -170,6 +180,7 @@ class Nodes:
         """For metrics."""
         stats = self.index.stats()
         numbers: dict[str, float] = {f'node_exact{{node="{name}"}}': not self.why(name) for name in self._nodes}
+        numbers |= {f'node_crowded{{node="{name}"}}': node.view.crowded for name, node in self._nodes.items()}
         return numbers | {
             "index_blocks": stats.blocks, "index_holders": stats.holders, "index_inexact": stats.inexact,
         }  # fmt: skip
@@ -197,11 +208,24 @@ class Nodes:
                 if not self._said.get(name, False):
                     log.info("node %s: its stream is exact: what its workers hold counts", name)
                 self._said[name] = True
+                self._say_crowded(name)
             elif now - self._inexact_since.setdefault(name, now) >= SILENT_S and self._said.get(name, True):
                 log.warning(
                     "node %s: %s: what its workers hold does not count (%s)", name, self.why(name), self.remedy(name)
                 )
                 self._said[name] = False
+
+    def _say_crowded(self, name: str) -> None:
+        if not self._nodes[name].view.crowded:
+            self._crowded.discard(name)
+        elif name not in self._crowded:
+            self._crowded.add(name)
+            log.warning(
+                "node %s: it named more ranks, namespaces and media than one node may have: what found no room "
+                "does not count (%s)",
+                name,
+                _ROOM_REMEDY,
+            )
 
     def close(self) -> None:
         for node in self._nodes.values():

@@ -38,6 +38,7 @@ _HELP: Final = {
     "fleet_credit": "1 where prefixes count for the worker",
     "fleet_parity_differs": "1 where the worker makes other tokens of a prompt than the router",
     "fleet_node_exact": "1 where all is known of what the node holds",
+    "fleet_node_crowded": "1 where the node named more ranks, namespaces and media than one node may have",
     "fleet_index_blocks": "blocks that the index knows",
     "fleet_index_holders": "places where blocks are: GPUs of ranks, tiers of nodes",
     "fleet_index_inexact": "places of which the index could not take everything",

@@ -31,15 +31,15 @@ class Streamed:
     def take(self, body: bytes, whole: bool) -> bytes:
         """What the client may have of it now. `whole`: the worker has no more.
 
-        Raises CannotContinue where the rest of a stream is not to be had in whole events; the client then has no
-        piece of one.
+        Raises CannotContinue where the rest of a stream is not to be had in whole events, or not to be understood; the
+        client then has no piece of one.
         """
         body = self._events.rest(body) if whole else self._events.take(body)
         if self._splice is not None:
             if self._events.inside:  # a piece of an event cannot be translated
                 self._events = WholeEvents()
                 raise CannotContinue("an event of the rest is too long")
-            body = self._splice.translate(body)
+            body = self._splice.translate(body, whole)
         if body and self._transcript is not None:
             self._transcript.feed(body)
         return body

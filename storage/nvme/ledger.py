@@ -20,7 +20,7 @@ from kvd.storage.nvme.reopen import take_over
 from kvd.storage.nvme.segments import fits
 from kvd.storage.nvme.slots import Slots
 from kvd.storage.quota import Share
-from kvd.storage.tier import Buffers, Name, Page, TierError
+from kvd.storage.tier import Buffers, Name, Page, TierError, WriteRefused
 
 
 class Ledger:
@@ -182,7 +182,7 @@ class Ledger:
             return
         reach("nvme.remove.before_commit")
         if not self._commit(delete=[name for name, _ in records]):
-            raise TierError("the disk is too full to remove", "make room on it")
+            raise WriteRefused("the disk is too full to remove", "make room on it")
         with self.state:
             self.slots.release(record.slot for _, record in records if record)
         reach("nvme.remove.after_commit")

@@ -122,12 +122,14 @@ class NvmeTier:
                 return
             yield piece
 
+    def tend(self) -> None:
+        if self._ttl_s is not None and time.monotonic() >= self._expire_at:
+            self._expire_at = time.monotonic() + min(EXPIRE_EVERY_S, self._ttl_s / 4)
+            with self._health.call(), self._ledger.writing:
+                self._ledger.expire(self._ttl_s, EXPIRE_AT_ONCE)
+
     def news(self) -> News:
         with self._health.call():
-            if self._ttl_s is not None and time.monotonic() >= self._expire_at:
-                self._expire_at = time.monotonic() + min(EXPIRE_EVERY_S, self._ttl_s / 4)
-                with self._ledger.writing:
-                    self._ledger.expire(self._ttl_s, EXPIRE_AT_ONCE)
             return News([], self._ledger.news())
 
     def judge(self, density: Sequence[float]) -> None:

@@ -17,11 +17,10 @@ from kvd.storage.quota import Share
 from kvd.storage.shared import compaction, makingroom
 from kvd.storage.shared.copies import SealedFile, needed
 from kvd.storage.shared.graves import MOST_NAMES
-from kvd.storage.shared.refusal import WriteRefused
 from kvd.storage.shared.sealed import ALIGN, lay_out
 from kvd.storage.shared.sharedfiles import SharedFiles
 from kvd.storage.shared.stamps import at
-from kvd.storage.tier import Buffers, Name, Page
+from kvd.storage.tier import Buffers, Name, Page, WriteRefused
 
 _GRAVE_FILES: Final = 16
 _YOUNG_GRAVE_S: Final = 3600.0  # a compaction that did not know of a grave is over by then

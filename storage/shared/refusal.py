@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from kvd.storage.tier import TierError
+from kvd.storage.tier import TierError, WriteRefused
 
 RETRY_S: Final = 30.0
 _REASONS: Final = {
@@ -21,10 +21,6 @@ _REASONS: Final = {
     errno.EPERM: "no_permission",
     errno.EROFS: "read_only",
 }
-
-
-class WriteRefused(TierError):
-    """The medium may be read, and not be written."""
 
 
 class Refusal:

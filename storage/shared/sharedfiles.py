@@ -81,6 +81,7 @@ class SharedFiles:
             known = set(self.sizes)  # a file of ours that is published from now on may be missing in the list
             due = {path for path, pages in self.postponed.items() if self._has_room(pages)}
             if self._clock_was_set():
+                self._check_stamps()
                 due |= self._future
                 self._ignored -= self._future
             passed = known - due | self._ignored
@@ -110,6 +111,11 @@ class SharedFiles:
         """Since the last look: what seemed to be of the future may not be."""
         before, self._clock_ahead_s = self._clock_ahead_s, time.time() - time.monotonic()
         return abs(self._clock_ahead_s - before) > _SET_S
+
+    def _check_stamps(self) -> None:
+        """Ours only rise: where they are of the future now, others would skip all that we write."""
+        if self._stamps.last > at(time.time() + _AHEAD_S):
+            raise TierError("shared tier: the clock was set back by more than a day", "the tier opens anew by itself")
 
     def forget(self, path: str) -> None:
         """A file is not there any more."""

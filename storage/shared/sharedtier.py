@@ -31,10 +31,9 @@ from kvd.storage.shared.folder import Folder
 from kvd.storage.shared.graves import MOST_NAMES
 from kvd.storage.shared.housekeeping import Housekeeping
 from kvd.storage.shared.makingroom import holdings
-from kvd.storage.shared.refusal import WriteRefused
 from kvd.storage.shared.sealed import fits
 from kvd.storage.shared.sharedfiles import SharedFiles, as_tier_errors
-from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage
+from kvd.storage.tier import Buffers, Name, News, Page, TierError, Usage, WriteRefused
 
 _NODE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_NAMESPACES: Final = 1 << 14
@@ -123,7 +122,7 @@ class SharedTier:
         with self._files.lock:
             return self._files.copies.names()
 
-    def news(self) -> News:
+    def tend(self) -> None:
         """Polls and keeps house when that is due, which may take as long as writing a file."""
         self._check_open()
         if time.monotonic() >= self._next_poll and self._polling.acquire(blocking=False):
@@ -133,6 +132,9 @@ class SharedTier:
             finally:
                 self._next_poll = time.monotonic() + self._poll_s
                 self._polling.release()
+
+    def news(self) -> News:
+        self._check_open()
         return self._files.news()
 
     def judge(self, density: Sequence[float]) -> None:

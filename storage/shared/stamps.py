@@ -18,6 +18,10 @@ class Stamps:
         self._last = max(at(now_s), self._last + 1)
         return self._last
 
+    @property
+    def last(self) -> int:
+        return self._last
+
     def saw(self, stamp: int) -> None:
         self._last = max(self._last, stamp)
 

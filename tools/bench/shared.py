@@ -165,7 +165,7 @@ def _tier(name: str, tier: SharedTier, pages: Pages) -> Run:
         one_s, single = timed(lambda: [tier.get([one])[0] for one in asked])
         assert all([*stored, *loaded, *single]), tier.counters
         tier.remove([page.name for page, _ in batch])
-        tier.news()  # deletes what is dead, where the tier is not to wait until it is full
+        tier.tend()  # deletes what is dead, where the tier is not to wait until it is full
         return {
             f"{name} write": pages.rate(put_s),
             f"{name} read": pages.rate(get_s),
