@@ -180,9 +180,9 @@ class Splice:
         self._text, self._ids = so_far.text, list(so_far.ids or ())
         self._whole_text = so_far.whole_text
         self._tokens = so_far.tokens if so_far.tokens is not None else counted  # None: nobody asked
-        untold = so_far.stream == "generate" and so_far.whole_text is None and bool(so_far.ids)
+        untold = so_far.stream == "generate" and so_far.whole_text is None and bool(so_far.text or so_far.ids)
         self._rest = Transcript("generate") if untold else None  # until it tells
-        self._held = b""
+        self._held = bytearray()
 
     def translate(self, events: bytes, whole: bool = False) -> bytes:
         """Whole events in, whole events out. What is not understood is passed as it is: it cannot be made better.
@@ -194,11 +194,12 @@ class Splice:
             self._rest.feed(events)
             self._rest.read()
             if self._rest.whole_text is None:
-                ended = whole or self._rest.finished or self._rest.done or self._rest.odd
-                if ended or len(self._held) > _MOST_HELD:
+                if self._rest.odd:
+                    raise CannotContinue(self._rest.odd)
+                if whole or self._rest.finished or self._rest.done or len(self._held) > _MOST_HELD:
                     raise CannotContinue("one event does not tell whether each repeats the text")
                 return b""
-            events, self._whole_text, self._rest = self._held, self._rest.whole_text, None
+            events, self._whole_text, self._rest = bytes(self._held), self._rest.whole_text, None
         return b"".join(self._event(data) for data in payloads(events))
 
     def _event(self, data: bytes) -> bytes:

@@ -63,8 +63,8 @@ class View:
         self._head: wire.Head | None = None  # of the last batch, while what it says of its source is known
         self._identity: Identity = ("", 0, "")
         self._early = Early()
-        self._parts: list[wire.SnapshotPart] = []
-        self._waiting = 0  # bytes of memory that they take
+        self._parts: list[tuple[wire.SnapshotPart, int]] = []  # that wait for batches, and their bytes of memory
+        self._waiting = 0  # bytes of all of them
         self._state = _Snapshot.NEEDED
         self._asked_at = self._heard_at = -1e9
         self._asked_from = -1  # the last replay
@@ -105,8 +105,8 @@ class View:
             return Ask(self.seq + 1, 0)
         if self._state is _Snapshot.DONE:
             return None
-        self._asked_at, self._state = now, _Snapshot.NEEDED
-        self._parts.clear()
+        self._start_over()
+        self._asked_at = now
         self.snapshots += 1
         self._request = self.snapshots
         return Ask(None, self._request)
@@ -128,6 +128,9 @@ class View:
             if self.epoch is not None:
                 self._early.clear()
                 self._start_over()
+            elif not self._request:
+                self._asked_at = -1e9
+            self._pause_s = ASK_AGAIN_S  # what could not be read may have been another release's
             self.epoch = epoch
         elif seq == self.seq + 1 and self._state is _Snapshot.DONE and not self._early and not self._parts:
             self.seq = seq
@@ -148,11 +151,13 @@ class View:
                 return
             self.epoch = part.epoch
             self._early.clear()
-        self._parts.append(part)
+        weight = _weight(part)
+        self._parts.append((part, weight))
+        self._waiting += weight
         self._go_on()
-        self._waiting = self._waiting + _weight(part) if self._parts else 0
         if self._waiting > _MOST_WAITING:
             self._start_over()
+            self._asked_at = now
 
     @property
     def loading(self) -> bool:
@@ -189,14 +194,18 @@ class View:
     def _start_over(self) -> None:
         self._state, self.seq, self._request = _Snapshot.NEEDED, -1, 0
         self._parts.clear()
+        self._waiting = 0
         self._asked_at = -1e9
 
     def _go_on(self) -> None:
         """Apply what is due. While a snapshot comes in, no batch overtakes a part."""
         while True:
-            if self._parts and (self._state is _Snapshot.NEEDED or self._parts[0].seq == self.seq):
-                self._apply_part(self._parts.pop(0))
-            elif self._parts and self._parts[0].seq < self.seq:
+            due = self._parts[0][0].seq if self._parts else None
+            if due is not None and (self._state is _Snapshot.NEEDED or due == self.seq):
+                part, weight = self._parts.pop(0)
+                self._waiting -= weight
+                self._apply_part(part)
+            elif due is not None and due < self.seq:
                 self.spoilt(self._heard_at)
                 raise PeerError("parts of a snapshot out of order")
             elif (self._parts or self._state is _Snapshot.DONE) and self.seq + 1 in self._early:
@@ -253,4 +262,4 @@ class View:
 
 def _weight(part: wire.SnapshotPart) -> int:
     """About how many bytes of memory it takes."""
-    return len(wire.encode(part)) + _RUN_BYTES * len(part.runs)
+    return sum([len(hashes) for _, hashes in part.runs]) + _RUN_BYTES * len(part.runs)

@@ -12,7 +12,7 @@ import pytest
 from kvd import wire
 from kvd.daemon.group import Group
 from kvd.daemon.pinning import MOST_WAITING, Pinning
-from kvd.errors import Refused, SettingsError
+from kvd.errors import Refused, SettingsError, Unavailable
 from tests.harness import MIB, Daemon, eventually
 from tests.kvdctl import RawWorker, on
 from tests.node_world import KEYS, World, namespace, spec
@@ -162,6 +162,18 @@ def test_a_file_of_pins_that_hangs_holds_up_its_pin_alone(tmp_path: Path) -> Non
         hangs.unlink()
         assert on(daemon, "pin", keys[-1].hex()).returncode == 0
         assert daemon.faults() == []
+
+
+def test_kvd_ends_while_its_file_of_pins_hangs(tmp_path: Path) -> None:
+    with two_tiers(tmp_path, pins_file=tmp_path / "pins") as daemon, RawWorker(daemon) as worker:
+        keys = worker.put(5)
+        os.mkfifo(tmp_path / "pins.new")
+        with ThreadPoolExecutor(1) as pool, closing(daemon.tool()) as link, closing(daemon.tool()) as others:
+            pin = pool.submit(link.ask, wire.Pin(worker.spec.digest, keys[-1]), wire.Pinned, 60.0)
+            eventually(lambda: len(others.ask(wire.GetPins(), wire.Pins, 5.0).pins) == 1, 20, "it waits for the file")
+            daemon.stop()
+            with pytest.raises(Unavailable):
+                pin.result(20)
 
 
 def test_a_pinned_prefix_is_on_the_disk_after_its_memory_is_lost(tmp_path: Path) -> None:

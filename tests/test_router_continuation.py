@@ -199,15 +199,29 @@ def test_after_one_event_of_generate_the_rest_tells_whether_each_repeats_the_tex
 @pytest.mark.parametrize(
     "rest",
     [
-        sse(generated("b", [5], 1, "length")), sse(generated("b", [5], 1), "[DONE]"), sse({"error": "x"}),
+        sse(generated("b", [5], 1, "length")), sse(generated("b", [5], 1), "[DONE]"),
         sse(generated("b", [5], 1)) + b": still here\n\n" * 100_000, None,
     ],
-    ids=["finished", "done", "an error", "endless", "cut"],
+    ids=["finished", "done", "endless", "cut"],
 )  # fmt: skip
 def test_a_rest_of_one_event_does_not_tell_enough(rest: bytes | None) -> None:
     splice = Splice(transcript("generate", generated("a", [4], 1)), None)
     with pytest.raises(CannotContinue, match="one event"):
         splice.translate(rest if rest is not None else sse(generated("b", [5], 1)), whole=rest is None)
+
+
+def test_what_is_wrong_with_a_rest_that_waits_is_said() -> None:
+    splice = Splice(transcript("generate", generated("a", [4], 1)), None)
+    assert splice.translate(sse(generated("b", [5], 1))) == b""
+    with pytest.raises(CannotContinue, match="an error"):
+        splice.translate(sse({"error": {"message": "out of memory"}}))
+
+
+def test_a_first_event_of_text_without_ids_waits_too() -> None:
+    splice = Splice(transcript("generate", generated("a", [], 0)), None)
+    assert splice.translate(sse(generated("b", [5], 1))) == b""
+    seen = plain(splice.translate(sse(generated("bc", [5, 6], 2))))
+    assert [event["text"] for event in seen] == ["ab", "abc"]
 
 
 def test_missing_ids_are_noticed() -> None:

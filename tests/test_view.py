@@ -290,3 +290,31 @@ def test_parts_that_wait_for_a_lost_batch_are_bounded_by_their_bytes(
     assert seen.why == "no snapshot has come yet", "it is asked for anew"
     seen.heal(node)
     assert (seen.why, seen.held) == ("", node.truth)
+
+
+def test_parts_that_went_in_are_not_counted_as_waiting(node: ModelNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comes a moment before the batch that it follows, as it may: they are read from two sockets."""
+    monkeypatch.setattr(view, "_MOST_WAITING", 10_000)
+    seen = Seen()
+    wanted = seen.view.ask(seen.now)
+    assert wanted is not None
+    source = node.workers[0].source
+    head, last = wire.Head("n", 1, source), 20
+    for seq in range(last + 1):
+        runs = [(None, bytes(4000))]
+        part = wire.SnapshotPart(wanted.request, "n", 1, seq, source if seq < last else None, "", GPU, runs)
+        seen.view.part(part, seen.now)
+        if seq:
+            seen.view.batch(seq, Brief(head, [], 10), seen.now)
+    assert seen.why == ""
+
+
+def test_a_node_of_another_release_is_asked_at_once_when_it_can_be_read(node: ModelNode) -> None:
+    seen = Seen()
+    for _ in range(3):
+        while seen.view.ask(seen.now) is None:
+            seen.now += 1.0
+        seen.view.spoilt(seen.now)
+    assert seen.view.ask(seen.now + ASK_AGAIN_S) is None, "what cannot be read is asked for less and less often"
+    seen.view.batch(0, Brief(wire.Head("n", 1, node.workers[0].source), [], 10), seen.now)
+    assert seen.view.ask(seen.now) is not None

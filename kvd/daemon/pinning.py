@@ -5,8 +5,11 @@ is asked for, and until the end of that pin is on the disk; a pin that cannot be
 """
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from kvd import wire
@@ -47,7 +50,7 @@ class Pinning:
             raise Refused("that prefix is not in memory from its first page on", "send the prompt once, then pin it")
         if node.pin(chain):
             try:
-                await asyncio.to_thread(node.pins.write, node.pins.chains())
+                await _aside(partial(node.pins.write, node.pins.chains()))
             except Refused:
                 node.unpin(request.namespace + request.key, time.monotonic())
                 raise
@@ -55,5 +58,31 @@ class Pinning:
 
     async def _unpin(self, request: wire.Pin) -> int:
         tip = request.namespace + request.key
-        await asyncio.to_thread(self._node.pins.write, self._node.pins.without(tip))
+        await _aside(partial(self._node.pins.write, self._node.pins.without(tip)))
         return self._node.unpin(tip, time.monotonic())
+
+
+async def _aside(work: Callable[[], None]) -> None:
+    """On a thread of its own, for which nobody waits when kvd ends: a disk that hangs must not keep it from that."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        failed: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, failed)
+
+    threading.Thread(target=run, name="pins", daemon=True).start()
+    await done
