@@ -7,8 +7,8 @@ for nobody: kvd must know how fast it is before a request depends on it. SETTING
 when kvd hangs up.
 
 Always true: what kvd stores and removes, and news of the same pages, it hears in the order in which it was so: who
-puts, removes or takes news keeps `_telling` until it is told. Apart from that are a load's misses, and what another node
-does to a page in the moment between our put and our telling of it: kvd may then ask for a page that is gone, a miss.
+puts, removes or takes news keeps `_telling` until it is told. Apart from that are a load's misses, and what another
+node does to a page between our put and our telling of it: kvd may then ask for a page that is gone, a miss.
 """
 
 import contextlib

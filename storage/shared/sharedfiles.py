@@ -115,10 +115,7 @@ class SharedFiles:
     def _check_stamps(self) -> None:
         """Ours only rise: where they are of the future now, others would skip all that we write."""
         if self._stamps.last > at(time.time() + _AHEAD_S):
-            raise TierError(
-                "shared tier: its stamps are more than a day ahead of the clock, which was set",
-                "the tier opens anew by itself",
-            )
+            raise TierError("shared tier: stamps a day ahead of the clock, which was set", "it opens anew by itself")
 
     def forget(self, path: str) -> None:
         """A file is not there any more."""
