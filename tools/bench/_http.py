@@ -111,11 +111,14 @@ def sglang_router(ports: Sequence[int], folder: Path, policy: str) -> Iterator[R
 
 
 @contextmanager
-def bare(ports: Sequence[int], folder: Path) -> Iterator[Running]:
-    """What a router in Python costs before it decides anything."""
+def bare(
+    ports: Sequence[int], folder: Path, name: str = "bare uvloop", model: Path | None = None
+) -> Iterator[Running]:
+    """What a router in Python costs before it decides anything; with a model, one that only steers by its tokens."""
     port = free_port()
-    command = [sys.executable, str(HERE / "_http_bare.py"), str(port), *map(str, ports)]
-    with _started("bare uvloop", command, port, "/", folder) as running:
+    by_tokens = [] if model is None else ["--tokens", str(model)]
+    command = [sys.executable, str(HERE / "_http_bare.py"), *by_tokens, str(port), *map(str, ports)]
+    with _started(name, command, port, "/", folder) as running:
         yield running
 
 

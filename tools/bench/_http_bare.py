@@ -1,25 +1,39 @@
 """The least that a router on uvloop and httptools can do: find where messages end, pass their bytes on. In Python.
 
     python _http_bare.py PORT WORKER_PORT...
+    python _http_bare.py --tokens MODEL PORT WORKER_PORT...
 
 It chooses in turn, checks nothing, changes no header, and has no answer to anything that goes wrong: what it takes per
-request is what is left to a router of this kind that decides at no cost.
+request is what is left to a router of this kind that decides at no cost. With --tokens it makes the exact tokens of
+each chat, looks for them in an index of what it sent where, and takes who has most: what a router of this kind takes
+at least that steers by exact prefixes, before it is strict, fair, knows any load, or remembers what it did.
 """
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
+from pathlib import Path
 
 import httptools
+import msgspec
 import uvloop
+
+from kvd.router.index import Index
+from kvd.router.tokens.blocks import Scheme
+from kvd.router.tokens.requests import CHAT, Tokeniser
+from kvd.router.tokens.serving import Serving
+
+_BLOCK_TOKENS = 64
+_MOST_BLOCKS = 1 << 20
 
 
 class _Client(asyncio.Protocol):
-    def __init__(self, pools: "cycle[_Pool]") -> None:
-        self._pools = pools
+    def __init__(self, choose: "Callable[[bytes], _Pool]") -> None:
+        self._choose = choose
         self._parser = httptools.HttpRequestParser(self)
         self._parts: list[bytes] = []
+        self._body: list[bytes] = []
         self._whole = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -31,8 +45,13 @@ class _Client(asyncio.Protocol):
         if self._whole:
             self._whole = False
             request = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._parts.clear()
-            next(self._pools).send(self, request)
+            self._body.clear()
+            self._choose(body).send(self, request)
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
 
     def on_message_complete(self) -> None:
         self._whole = True
@@ -94,11 +113,39 @@ class _Pool:
         upstream.transport.write(request)
 
 
-async def serve(port: int, workers: Sequence[int]) -> None:
-    pools = cycle([_Pool(worker) for worker in workers])
-    server = await asyncio.get_running_loop().create_server(lambda: _Client(pools), "127.0.0.1", port)
+class _ByTokens:
+    """Who has most of a chat's blocks, else the next in turn."""
+
+    def __init__(self, pools: Sequence[_Pool], model: Path) -> None:
+        self._pools = pools
+        self._turn = cycle(range(len(pools)))
+        self._tokeniser = Tokeniser.open(model, Serving())
+        self._scheme = Scheme(_BLOCK_TOKENS)
+        self._index = Index(_MOST_BLOCKS)
+        self._decode = msgspec.json.Decoder().decode
+
+    def __call__(self, body: bytes) -> _Pool:
+        if not body:
+            return self._pools[0]
+        (prompt,) = self._tokeniser.tokenise(CHAT, self._decode(body))
+        chain = self._tokeniser.hashes(prompt, self._scheme)
+        held = self._index.match(chain)
+        holder = max(held, key=held.__getitem__) if held else next(self._turn)
+        if not self._index.store(holder, None, chain):
+            self._index.clear(holder)
+        return self._pools[holder]
+
+
+async def serve(port: int, workers: Sequence[int], model: Path | None) -> None:
+    pools = [_Pool(worker) for worker in workers]
+    turn = cycle(pools)
+    choose: Callable[[bytes], _Pool] = _ByTokens(pools, model) if model is not None else lambda _: next(turn)
+    server = await asyncio.get_running_loop().create_server(lambda: _Client(choose), "127.0.0.1", port)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), list(map(int, sys.argv[2:]))))
+    words = sys.argv[1:]
+    folder = Path(words[1]) if words[0] == "--tokens" else None
+    first, *rest = map(int, words if folder is None else words[2:])
+    uvloop.run(serve(first, rest, folder))

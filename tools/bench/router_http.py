@@ -16,7 +16,8 @@ kvd-router steers by exact tokens and by what its workers hold: it has a real kv
 worker's credit (see _http_fleet.py). That this was so for every request is asserted after each load. It has workers of
 its own for that. "load alone" is kvd-router without tokens, whose workers publish no events, as all others' do. Ratios
 are kvd-router, with tokens, over sglang-router cache aware. "bare uvloop" passes bytes on and does nothing else
-(_http_bare.py): with what it takes, a router on that loop would decide at no cost.
+(_http_bare.py): with what it takes, a router on that loop would decide at no cost. "bare, by tokens" is the same with
+our tokens, hashes and index, and nothing else: the least that steering by exact prefixes takes on that loop.
 """
 
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from tools.bench._texts import model_folder, source
 
 OURS, ALONE, THEIRS = "kvd-router", "kvd-router, load alone", "sglang-router cache_aware"
 BARE = "bare uvloop"  # nothing but the loop and the parser
+BY_TOKENS = "bare, by tokens"  # and exact tokens, hashes, an index
 PEERS = {
     ALONE: partial(kvd_router, name=ALONE),
     "sglang-router round_robin": partial(sglang_router, policy="round_robin"),
@@ -109,7 +111,7 @@ def main() -> None:
         ours = stack.enter_context(kvd_router(fleet.ports, folder, events=fleet.events))
         await_credit(ours)
         routers, missing = [direct(ports), ours], {}
-        for name, start in PEERS.items():
+        for name, start in (PEERS | {BY_TOKENS: partial(bare, name=BY_TOKENS, model=model)}).items():
             try:
                 routers.append(stack.enter_context(start(ports, folder)))
             except Missing as error:
