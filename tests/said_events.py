@@ -37,3 +37,6 @@ def transcript(stream: Stream, *events: Any) -> Transcript:
     made.feed(sse(*events))
     made.read()
     return made
+
+
+HELLO = transcript("chat", said("", role="assistant"), said("Hel"), said("lo"))

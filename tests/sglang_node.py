@@ -24,6 +24,7 @@ from tests.harness import Daemon, eventually
 from tools.demo.node import LOGS, MODEL, ROOT, VENV, extra_config
 from tools.sglang_cpu.endpoint import Endpoint, Generation
 from tools.sglang_cpu.server import HiCache, SglangServer
+from tools.sglang_cpu.setup_env import environment_of
 
 VARIANT = ROOT / ".models/variant-1" / MODEL.name
 SERVED_AS = "the-model"
@@ -38,6 +39,19 @@ Answers = Mapping[Prompt, list[int]]
 _needed = (VENV / "bin/python", MODEL / "model.safetensors")
 _missing = [str(path.relative_to(ROOT)) for path in _needed if not path.exists()]
 needs_sglang = pytest.mark.skipif(bool(_missing), reason=f"no {' and no '.join(_missing)}: run `make sglang`")
+
+
+def told_by_sglang(program: str) -> str:
+    """What a Python program prints that runs where SGLang is installed."""
+    told = subprocess.run(
+        [str(VENV / "bin/python"), "-W", "ignore", "-c", program],
+        env=environment_of(VENV),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    return told.stdout
 
 
 def words(seed: int, count: int) -> Prompt:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_a_pin_that_cannot_be_remembered_is_refused(tmp_path: Path) -> None:
     assert "cannot write" in refusal.reason
     assert not any(group.pins for group in world.node.residency)
     assert not world.node.pins.listed()
+
+
+def test_without_a_thread_to_write_with_a_pin_is_refused_and_kvd_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    world = World(pins_file=tmp_path / "pins")
+    world.put(world.session(spec(1)), KEYS[0][:3])
+    pin = wire.Pin(namespace(1), KEYS[0][2])
+    with monkeypatch.context() as limits:
+        limits.setattr(threading.Thread, "start", none_left)
+        first, second = asked(world, pin, pin)
+    assert isinstance(first, wire.Refusal)
+    assert "can't start new thread" in first.reason
+    assert second == first, "the next one is answered too"
+    assert not any(group.pins for group in world.node.residency)
+    assert isinstance(asked(world, pin)[0], wire.Pinned)
 
 
 def test_pins_asked_for_together_end_as_the_last_has_it_in_memory_and_in_the_file(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,23 @@ from kvd.sglang_events import GPU
 from tests.index_model import SetIndex
 
 
+@contextmanager
+def following(folder: Path) -> Iterator[tuple[Follow, View, "zmq.Socket[bytes]"]]:
+    """A router's sockets, what they tell it, and the socket at which a node would answer them."""
+    endpoint = f"ipc://{folder}/events"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as node:
+        node.bind(f"{endpoint}.replay")
+        view = View(SetIndex(), Numbering())
+        follow = Follow(context, endpoint, f"{endpoint}.replay", view)
+        try:
+            yield follow, view, node
+        finally:
+            follow.close()
+
+
 def test_without_descriptors_a_node_is_asked_later_and_nothing_ends(tmp_path: Path) -> None:
     async def scenario() -> None:
-        endpoint = f"ipc://{tmp_path}/events"
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as node:
-            node.bind(f"{endpoint}.replay")
-            view = View(SetIndex(), Numbering())
-            follow = Follow(context, endpoint, f"{endpoint}.replay", view)
+        with following(tmp_path) as (follow, view, node):
             follow.tick(1.0)
             had = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, had[1]))
@@ -36,7 +47,6 @@ def test_without_descriptors_a_node_is_asked_later_and_nothing_ends(tmp_path: Pa
                 follow.tick(1.5 + tenth / 10)
             assert node.poll(5000)
             assert node.recv_multipart()[-1] == wire.encode(wire.GetSnapshot(2))
-            follow.close()
 
     asyncio.run(scenario())
 
@@ -54,11 +64,7 @@ def test_a_snapshot_of_which_a_part_cannot_be_read_is_asked_for_anew(tmp_path: P
     all the time."""
 
     async def scenario() -> None:
-        endpoint = f"ipc://{tmp_path}/events"
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as node:
-            node.bind(f"{endpoint}.replay")
-            view = View(SetIndex(), Numbering())
-            follow = Follow(context, endpoint, f"{endpoint}.replay", view)
+        with following(tmp_path) as (follow, view, node):
             now = 1.0
 
             async def answer(number: int, bad: bool) -> None:
@@ -102,6 +108,5 @@ def test_a_snapshot_of_which_a_part_cannot_be_read_is_asked_for_anew(tmp_path: P
             await answer(4, bad=False)
             await until(lambda: not view.why(now))
             assert [sorted(held) for held in view._index.held.values()] == [[1, 2]]  # type: ignore[attr-defined]
-            follow.close()
 
     asyncio.run(scenario())

@@ -1,7 +1,6 @@
 """Which launch settings make a page's bytes others, and of which pools; the rest must not cost anybody the cache."""
 
 import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +10,8 @@ import pytest
 from kvd.errors import Unsupported
 from kvd.sidecar import shaping
 from kvd.sidecar.identity import Rank, namespace_spec
-from tests.sglang_node import needs_sglang
+from tests.sglang_node import needs_sglang, told_by_sglang
 from tests.test_weights import model
-from tools.demo.node import VENV
-from tools.sglang_cpu.setup_env import environment_of
 
 RANK = Rank((0, 1), (0, 1), (0, 1), False)
 
@@ -158,15 +155,7 @@ print(json.dumps({name: getattr(default, name) for name in ServerArgs.__struct_f
 
 @needs_sglang
 def test_the_installed_sglang_has_these_settings_and_its_defaults_count_for_nothing() -> None:
-    asked = subprocess.run(
-        [str(VENV / "bin/python"), "-W", "ignore", "-c", DEFAULTS],
-        env=environment_of(VENV),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert asked.returncode == 0, asked.stderr[-2000:]
-    defaults = json.loads(asked.stdout.splitlines()[-1])
+    defaults = json.loads(told_by_sglang(DEFAULTS).splitlines()[-1])
     assert {*shaping.EVERYWHERE, *shaping.OF_DRAFTS, *shaping.STORED} - {"torchao_config"} <= set(defaults)
     assert everywhere(**defaults) == of_pool("draft", pool("torch.uint8"), **defaults) == ""
     assert shaping.everywhere(launched(**defaults), {}, by_path=True) == ""

@@ -10,6 +10,7 @@ have room for ROOM_BYTES of pages in slots of their own, and may evict beyond th
 import mmap
 import random
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from tests.tier_samples import ALIGN, Sample, filled, get, held, put, room, samp
 ROOM_BYTES = 8 << 20
 
 
-class TierContract:
+class TierContract(ABC):
     """Inherit, add `open`."""
 
+    @abstractmethod
     def open(self, folder: Path) -> Tier:
-        raise NotImplementedError
+        """The tier of this folder."""
 
     @pytest.fixture
     def tier(self, tmp_path: Path) -> Iterator[Tier]:

@@ -63,7 +63,10 @@ class Pinning:
 
 
 async def _aside(work: Callable[[], None]) -> None:
-    """On a thread of its own, for which nobody waits when kvd ends: a disk that hangs must not keep it from that."""
+    """On a thread of its own, for which nobody waits when kvd ends: a disk that hangs must not keep it from that.
+
+    Raises what the work raises, and Refused where there is no thread to be had.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -84,5 +87,8 @@ async def _aside(work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, failed)
 
-    threading.Thread(target=run, name="pins", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="pins", daemon=True).start()
+    except RuntimeError as error:  # it would end the daemon
+        raise Refused(f"cannot write pins: {error}", "raise TasksMax of kvd's unit, or ulimit -u") from error
     await done

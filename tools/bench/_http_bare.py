@@ -5,8 +5,8 @@
 
 It chooses in turn, checks nothing, changes no header, and has no answer to anything that goes wrong: what it takes per
 request is what is left to a router of this kind that decides at no cost. With --tokens it makes the exact tokens of
-each chat, looks for them in an index of what it sent where, and takes who has most: what a router of this kind takes
-at least that steers by exact prefixes, before it is strict, fair, knows any load, or remembers what it did.
+each chat with kvd-router's own code, looks for them in its index of what was sent where, and takes who has most: what
+is left of kvd-router without anything that is strict, fair, knows load, or remembers what it did.
 """
 
 import asyncio
@@ -33,7 +33,6 @@ class _Client(asyncio.Protocol):
         self._choose = choose
         self._parser = httptools.HttpRequestParser(self)
         self._parts: list[bytes] = []
-        self._body: list[bytes] = []
         self._whole = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -45,13 +44,8 @@ class _Client(asyncio.Protocol):
         if self._whole:
             self._whole = False
             request = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._parts.clear()
-            self._body.clear()
-            self._choose(body).send(self, request)
-
-    def on_body(self, body: bytes) -> None:
-        self._body.append(body)
+            self._choose(request).send(self, request)
 
     def on_message_complete(self) -> None:
         self._whole = True
@@ -124,7 +118,8 @@ class _ByTokens:
         self._index = Index(_MOST_BLOCKS)
         self._decode = msgspec.json.Decoder().decode
 
-    def __call__(self, body: bytes) -> _Pool:
+    def __call__(self, request: bytes) -> _Pool:
+        _, _, body = request.partition(b"\r\n\r\n")
         if not body:
             return self._pools[0]
         (prompt,) = self._tokeniser.tokenise(CHAT, self._decode(body))

@@ -17,7 +17,7 @@ worker's credit (see _http_fleet.py). That this was so for every request is asse
 its own for that. "load alone" is kvd-router without tokens, whose workers publish no events, as all others' do. Ratios
 are kvd-router, with tokens, over sglang-router cache aware. "bare uvloop" passes bytes on and does nothing else
 (_http_bare.py): with what it takes, a router on that loop would decide at no cost. "bare, by tokens" is the same with
-our tokens, hashes and index, and nothing else: the least that steering by exact prefixes takes on that loop.
+our tokens, hashes and index, and nothing else: what steering by exact prefixes takes before a router does its work.
 """
 
 from contextlib import ExitStack
